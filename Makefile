@@ -1,0 +1,56 @@
+# Every target makes its own virtual environment where there is none.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+PINS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check real clean
+
+help:
+	@echo 'make demo    reshard a tiny seeded Llama from 8 Meta files to Nanotron TP=4, on 8 ranks'
+	@echo 'make test    run the tests on all cores'
+	@echo 'make check   formatting, lint, types and tests, as CI runs them'
+	@echo 'make real    reshard and load with the real libraries (transformers, gguf)'
+	@echo 'make clean   delete the environment, caches and the demo'
+	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS=$(PIP_FLAGS)'
+
+demo: $(VENV)/.run
+	@$(BIN)/python launch/torchrun --nproc 8 -m reshard --src meta8 --dst tp4
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest -n auto
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict reshard
+	$(BIN)/python -m pytest -n auto
+
+real: $(VENV)/.real
+	@PATH="$(abspath $(BIN)):$$PATH" tests/real/run.sh
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info reshard-demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(PINS) | $(BIN)/python
+	@echo 'installing reshard into $(VENV)'
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(PINS) | $(BIN)/python
+	@echo 'installing reshard, its tests and its tools into $(VENV)'
+	@$(INSTALL) -e '.[test,dev]'
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.real: $(PINS) | $(BIN)/python
+	@echo 'installing reshard and the real libraries into $(VENV)'
+	@$(INSTALL) -e '.[test,real]'
+	@touch $@ $(VENV)/.run

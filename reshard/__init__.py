@@ -1,0 +1,1 @@
+"""Distributed resharding of LLM checkpoints between training and inference layouts."""

@@ -1,0 +1,110 @@
+"""Parts of stored tensors in buffers that are allocated once: where they lie, and how they get in and out."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from reshard.layout import StoredTensor, row_major
+from reshard.packing import Packed, packed
+from reshard.storage import Files
+
+ALIGN = 64
+Run = tuple[str, int, memoryview]
+
+
+class Places(Protocol):
+    """Where stored tensors lie in their files."""
+
+    def locate(self, stored: StoredTensor) -> tuple[int, tuple[int, ...]]:
+        """The byte offset of a stored tensor's first element, and its strides in elements."""
+
+
+def as_memory(flat: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs
+
+
+class Buffer:
+    """Bytes allocated once and handed out in aligned steps; `clear` takes all back."""
+
+    def __init__(self, size: int, *, pinned: bool = False) -> None:
+        self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self.memory = as_memory(self.bytes)
+        self._views: dict[torch.dtype, torch.Tensor] = {}
+        self._used = 0
+
+    def view(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole buffer as a flat tensor of `dtype`."""
+        if dtype not in self._views:
+            self._views[dtype] = self.bytes[: len(self.memory) // 8 * 8].view(dtype)
+        return self._views[dtype]
+
+    def clear(self) -> None:
+        """Begin again."""
+        self._used = 0
+
+    def take(self, nbytes: int) -> int:
+        """The offset of `nbytes` more bytes."""
+        start, self._used = self._used, self._used + -(-nbytes // ALIGN) * ALIGN
+        return start
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a stored tensor in a buffer, from byte `base` on; the tensor begins at `offset` in its file."""
+
+    stored: StoredTensor
+    packed: Packed
+    base: int
+    offset: int
+
+    def element(self) -> int:
+        """The base in elements."""
+        return self.base // self.stored.dtype.itemsize
+
+
+def place_part(stored: StoredTensor, places: Places, buffer: Buffer) -> Part:
+    """Room in `buffer` for a part of a stored tensor."""
+    offset, strides = places.locate(stored)
+    odd = strides if strides != row_major(stored.shape) else None
+    layout = packed(stored.slot.placement, stored.shard, stored.region, odd)
+    return Part(stored, layout, buffer.take(stored.nbytes), offset)
+
+
+def runs_of(part: Part, buffer: Buffer) -> Iterator[tuple[int, memoryview]]:
+    """The runs of a part: where each lies in the file, and in `buffer`."""
+    size, position = part.stored.dtype.itemsize, part.base
+    for first, count in part.packed.runs:
+        yield part.offset + first * size, buffer.memory[position : position + count * size]
+        position += count * size
+
+
+def joined(runs: Iterable[Run]) -> Iterator[tuple[str, int, list[memoryview]]]:
+    """Runs that follow each other in one file, together."""
+    views: list[memoryview] = []
+    file, begun, reached = "", 0, 0
+    for name, offset, view in sorted(runs, key=lambda run: run[:2]):
+        if views and (name, offset) != (file, reached):
+            yield file, begun, views
+            views = []
+        if not views:
+            file, begun = name, offset
+        views.append(view)
+        reached = offset + view.nbytes
+    if views:
+        yield file, begun, views
+
+
+def load(
+    wanted: Sequence[StoredTensor], files: Files, places: Places, buffer: Buffer
+) -> list[Part]:
+    """Read parts of stored tensors into `buffer`, in as few calls as the files allow."""
+    parts = [place_part(stored, places, buffer) for stored in wanted]
+    runs = (
+        (part.stored.file, offset, view) for part in parts for offset, view in runs_of(part, buffer)
+    )
+    for file, offset, views in joined(runs):
+        files.read(file, offset, views)
+    return parts

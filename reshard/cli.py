@@ -1,0 +1,229 @@
+"""The command line: parse, call, print."""
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from reshard import config as configuration
+from reshard import inspect as inspection
+from reshard import job, report, verify
+from reshard.buffers import ALIGN
+from reshard.demo import Demo
+from reshard.distributed import Ranks, launched_rank, report_failure
+from reshard.engine import least_memory
+from reshard.errors import ConfigError, PeerError, ReshardError
+
+VERBS = ("run", "plan", "inspect", "verify")
+ELSEWHERE_SECONDS = 5.0
+DESCRIPTION = """\
+Reshards LLM checkpoints between Meta MP, Nanotron TPxPP and Hugging Face, bit for bit, in bounded memory.
+
+  torchrun --nproc-per-node 8 -m reshard --src meta8 --dst tp4 src.path=DIR dst.path=DIR
+  python -m reshard plan --src meta8 --dst tp4 src.model=llama3-70b --world 8
+  python -m reshard inspect DIR
+  python -m reshard verify DIR [OTHER]
+
+SPEC is a topology (meta8, tp4, tp4pp2, hf, or any of the kind with other numbers), a YAML file, or for a source
+a checkpoint's directory. KEY=VALUE sets any key of the configuration:
+  src.path dst.path          directories of the checkpoints
+  src.model                  a model's name in configs/models, or a config.json, where the source has none
+  src.replicas=first|strict  what to do when replicated tensors differ
+  src.tied src.rope_factor src.rope_interleaved      what the files of a source do not say
+  dst.dtype=keep|bfloat16|float16|float32
+  dst.max_shard_size=5GB dst.embedding_dim=auto|0|1 dst.vocab_multiple=N dst.rope_interleaved=true|false dst.like=DIR
+  engine.memory=256MiB       per rank, a hard bound
+  engine.exchange=collective|direct   engine.writers=nearest|owner   engine.backend=auto|nccl|gloo
+  engine.timeout=1800        seconds without progress   engine.fsync=true
+With neither src.path nor dst.path, `run` makes a tiny model below ./reshard-demo and reshards it.
+
+A target is absent or complete. What is under way lies in DST.partial-<digest>; the same command goes on with it.
+--force discards the partial result of another job, and replaces a DST that this program wrote (between the two
+renames it is absent).
+
+exit codes: 0 done or already done; 1 failed, or a difference was found; 2 refused
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ours."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]  # argparse says NoReturn, and so it is
+        raise ConfigError(f"{message}; see --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of all verbs; what belongs to which is checked by the verb."""
+    made = _Parser(
+        prog="reshard",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "words",
+        nargs="*",
+        metavar="[VERB] [PATH ...] [KEY=VALUE ...]",
+        help="run (implied), plan, inspect, verify",
+    )
+    made.add_argument("--src", metavar="SPEC", help="the source's topology, or its directory")
+    made.add_argument("--dst", metavar="SPEC", help="the target's topology")
+    made.add_argument(
+        "--config", metavar="FILE", help="a YAML file with the keys src, dst and engine"
+    )
+    made.add_argument("--world", metavar="N", type=int, help="plan: for how many ranks (1)")
+    made.add_argument("--report", metavar="FILE", help="run: write the figures as JSON")
+    made.add_argument("--json", action="store_true", help="inspect: as JSON")
+    made.add_argument(
+        "--checksums", action="store_true", help="inspect: run the directory's checklist.chk"
+    )
+    made.add_argument(
+        "--force", action="store_true", help="run: replace or discard what is in the way"
+    )
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    return made
+
+
+def entry() -> None:
+    """The console script."""
+    # Reading and planning share the interpreter with copies of microseconds, which must not wait 5 ms for it.
+    sys.setswitchinterval(1e-4)
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; the exit code."""
+    ranks: list[Ranks] = []
+    try:
+        arguments = parser().parse_intermixed_args(argv)
+        return _dispatch(arguments, ranks)
+    except ReshardError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        return _failed(str(error), error.exit_code, ranks, secondary=isinstance(error, PeerError))
+    except KeyboardInterrupt:
+        return _failed(
+            "interrupted; the same command goes on where this one stopped",
+            1,
+            ranks,
+            secondary=False,
+        )
+    except Exception as error:  # the last resort: a bug still is one line
+        if "--debug" in argv:
+            traceback.print_exc()
+        text = " ".join(str(error).split())[:200]
+        return _failed(
+            f"unexpected {type(error).__name__}: {text} (--debug shows where)",
+            1,
+            ranks,
+            secondary=False,
+        )
+
+
+def _failed(message: str, code: int, ranks: Sequence[Ranks], *, secondary: bool) -> int:
+    """Say what went wrong, once for all ranks."""
+    if ranks:
+        ranks[0].fail(message, code, secondary=secondary)
+    elif launched_rank() == 0:
+        report_failure(message)
+    else:
+        # Before the ranks have met, all fail alike and rank 0 speaks; leaving first would have it killed.
+        time.sleep(ELSEWHERE_SECONDS)
+    return code
+
+
+def _dispatch(arguments: argparse.Namespace, ranks: list[Ranks]) -> int:
+    """Sort words into a verb, paths and KEY=VALUE items, and call the verb."""
+    words = list(arguments.words)
+    verb = words.pop(0) if words and words[0] in VERBS else "run"
+    overrides = [word for word in words if "=" in word]
+    paths = [word for word in words if "=" not in word]
+    if verb in ("run", "plan") and paths:
+        raise ConfigError(
+            f"`{paths[0]}` is neither a verb nor KEY=VALUE: {configuration.near(paths[0], VERBS)}"
+        )
+    if verb == "inspect":
+        return _inspect(arguments, paths)
+    if verb == "verify":
+        return _verify(paths, overrides, ranks)
+    config = configuration.load(arguments.src, arguments.dst, overrides, arguments.config)
+    return _plan(arguments, config) if verb == "plan" else _run(arguments, config, ranks)
+
+
+def _start(config: configuration.JobConfig, ranks: list[Ranks]) -> Ranks:
+    """Meet the other ranks."""
+    met = Ranks(config.engine.backend, config.engine.timeout)
+    ranks.append(met)
+    if met.remark and met.rank == 0:
+        print(met.remark)
+    return met
+
+
+def _run(arguments: argparse.Namespace, config: configuration.JobConfig, ranks: list[Ranks]) -> int:
+    """Reshard; without any path, the demo."""
+    met = _start(config, ranks)
+
+    def say(line: str) -> None:
+        if met.rank == 0:
+            print(line, flush=True)
+
+    if config.source.path is None and config.target.path is None:
+        demo = Demo(config, Path("reshard-demo"))
+        say(demo.first_line())
+        config = demo.make_source(met)
+    figures = job.run(config, met, force=arguments.force, say=say)
+    if met.rank == 0 and arguments.report:
+        Path(arguments.report).write_text(figures.to_json(), encoding="utf-8")
+    say(figures.last_line())
+    met.barrier("done")
+    met.close()
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, config: configuration.JobConfig) -> int:
+    """Print what would happen."""
+    if launched_rank() != 0:
+        return 0
+    world = arguments.world if arguments.world is not None else 1
+    if world < 1:
+        raise ConfigError(f"--world: {world} is not a number of ranks")
+    prepared = job.prepare(config)
+    plan = prepared.plan(world)
+    print(
+        "\n".join(
+            report.plan_lines(
+                prepared, plan, config.engine.memory, least_memory(plan, plan.least_capacity(ALIGN))
+            )
+        )
+    )
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace, paths: Sequence[str]) -> int:
+    """Print what a directory holds."""
+    if len(paths) != 1:
+        raise ConfigError("inspect: give one directory")
+    if launched_rank() != 0:
+        return 0
+    found = inspection.inspect(Path(paths[0]), checksums=arguments.checksums)
+    print(json.dumps(found, indent=2) if arguments.json else "\n".join(inspection.lines(found)))
+    return 0 if found["healthy"] else 1
+
+
+def _verify(paths: Sequence[str], overrides: Sequence[str], ranks: list[Ranks]) -> int:
+    """Compare two checkpoints, or one with its manifest."""
+    config = configuration.load(None, None, overrides, None)
+    if len(paths) not in (1, 2):
+        raise ConfigError("verify: give a directory, or two")
+    met = _start(config, ranks)
+    if len(paths) == 1:
+        lines = verify.against_manifest(Path(paths[0]), met)
+    else:
+        lines = verify.against_other(Path(paths[0]), Path(paths[1]), config.engine.memory, met)
+    if met.rank == 0:
+        print("\n".join(lines), flush=True)
+    met.barrier("done")
+    met.close()
+    return 0

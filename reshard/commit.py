@@ -1,0 +1,232 @@
+"""From written pieces to a complete directory: coverage, checksums, small files, manifest.
+
+Every byte of every target file must be covered exactly once: by the container's own bytes, by a journalled
+run, by a constant, or by declared padding. Checksums are combined from those of the runs; nothing is read back.
+"""
+
+import os
+import struct
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from isal import isal_zlib
+
+from reshard import containers
+from reshard.containers import Skeleton, TensorSpec
+from reshard.errors import StorageError
+from reshard.formats import common
+from reshard.journal import Record
+from reshard.layout import Content, Layout, StoredTensor, row_major
+from reshard.storage import Files, create, explained, sync, write_small
+
+MANIFEST_VERSION = 1
+MAX_ASSET_BYTES = 64 << 20
+ZEROS = bytes(1 << 20)
+LEGAL_TEXTS = ("LICENSE", "NOTICE", "USE_POLICY", "README")
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes `[start, start + length)` of a file, what they are, and their CRC32."""
+
+    start: int
+    length: int
+    what: str
+    crc: int
+
+    def to_json(self) -> list[int | str]:
+        """As the manifest has it."""
+        return [self.start, self.length, self.what, self.crc]
+
+
+class TargetPlaces:
+    """Where the stored tensors of a layout lie in files that this program lays out."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self.skeleton = lru_cache(maxsize=64)(self._skeleton)
+        self._offsets = lru_cache(maxsize=1024)(self._only_offsets)
+
+    def _skeleton(self, file: str) -> Skeleton:
+        specs = [
+            TensorSpec(item.key, item.dtype, item.shape) for item in self._layout.contents(file)
+        ]
+        return containers.skeleton(self._layout.container, specs, self._layout.header(file))
+
+    def _only_offsets(self, file: str) -> Mapping[str, int]:
+        return self.skeleton(file).offsets
+
+    def locate(self, stored: StoredTensor) -> tuple[int, tuple[int, ...]]:
+        """The byte offset of a stored tensor, and its strides."""
+        return self._offsets(stored.file)[stored.key], row_major(stored.shape)
+
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.skeleton(file).size for file in self._layout.files)
+
+
+class SourcePlaces:
+    """Where the stored tensors of a checkpoint that exists lie in its files."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def locate(self, stored: StoredTensor) -> tuple[int, tuple[int, ...]]:
+        """The byte offset of a stored tensor, and its strides."""
+        entry = containers.index(self._root / stored.file).entries[stored.key]
+        return entry.offset, entry.strides
+
+
+def lay_out(data: Path, layout: Layout, places: TargetPlaces, files: Iterable[str]) -> int:
+    """Create `files` with everything but the stored tensors in place; the bytes written."""
+    written = 0
+    constants = {(item.file, item.content.key): item.data for item in layout.constants}
+    for file in files:
+        skeleton = places.skeleton(file)
+        filled = [
+            (skeleton.offsets[key], constants[file, key])
+            for key in skeleton.offsets
+            if (file, key) in constants
+        ]
+        create(data / file, skeleton.size, [*skeleton.chunks, *filled])
+        written += sum(len(chunk) for _, chunk in [*skeleton.chunks, *filled])
+    return written
+
+
+def zero_crc(length: int) -> int:
+    """CRC32 of `length` zero bytes."""
+    crc = 0
+    while length > 0:
+        crc = isal_zlib.crc32(ZEROS[:length], crc)
+        length -= len(ZEROS)
+    return crc
+
+
+def _tensor_crc(
+    file: str, content: Content, offset: int, records: Sequence[Record], data: bytes | None
+) -> int:
+    """The checksum of one stored tensor, whose runs must cover it exactly once."""
+    if data is not None:
+        return isal_zlib.crc32(data)
+    position, crc = offset, 0
+    end = offset + content.nbytes - content.padding * content.dtype.itemsize
+    for record in records:
+        if record.offset != position:
+            problem = "no rank has written" if record.offset > position else "two runs have written"
+            raise StorageError(
+                f"`{file}`: {problem} bytes {min(position, record.offset)} to {max(position, record.offset)} "
+                f"of tensor `{content.key}`; this is a bug of the program: the result is not published"
+            )
+        crc = isal_zlib.crc32_combine(crc, record.crc, record.length)
+        position += record.length
+    if position != end:
+        raise StorageError(
+            f"`{file}`: no rank has written bytes {position} to {end} of tensor `{content.key}`; "
+            "this is a bug of the program: the result is not published"
+        )
+    padding = content.padding * content.dtype.itemsize
+    return isal_zlib.crc32_combine(crc, zero_crc(padding), padding)
+
+
+def finish_file(
+    data: Path,
+    layout: Layout,
+    file: str,
+    skeleton: Skeleton,
+    records: Iterable[Record],
+    *,
+    fsync: bool,
+) -> list[Extent]:
+    """Prove that one file is complete, write its checksum fields, and return its extents in order."""
+    constants = {item.content.key: item.data for item in layout.constants if item.file == file}
+    rest = sorted(records, key=lambda record: record.offset)
+    starts = [record.offset for record in rest]
+    extents: list[Extent] = []
+    fields: dict[int, int] = {}
+    for content in sorted(layout.contents(file), key=lambda item: skeleton.offsets[item.key]):
+        offset = skeleton.offsets[content.key]
+        own = rest[bisect_left(starts, offset) : bisect_left(starts, offset + content.nbytes)]
+        crc = _tensor_crc(file, content, offset, own, constants.get(content.key))
+        extents.append(Extent(offset, content.nbytes, content.key, crc))
+        fields |= dict.fromkeys(skeleton.checksums.get(content.key, ()), crc)
+    _patch(data / file, fields)
+    for start, chunk in skeleton.chunks:
+        patched = bytearray(chunk)
+        for place, crc in fields.items():
+            if start <= place < start + len(chunk):
+                struct.pack_into("<I", patched, place - start, crc)
+        extents.append(Extent(start, len(chunk), "header", isal_zlib.crc32(patched)))
+    if fsync:
+        sync(data / file)
+    return sorted((extent for extent in extents if extent.length), key=lambda extent: extent.start)
+
+
+def _patch(path: Path, fields: Mapping[int, int]) -> None:
+    """Write checksum fields in place."""
+    if fields:
+        files = Files(path.parent, os.O_WRONLY)
+        for offset, crc in fields.items():
+            files.write(path.name, offset, [memoryview(struct.pack("<I", crc))])
+        files.close()
+
+
+def file_record(extents: Sequence[Extent]) -> dict[str, object]:
+    """A file as the manifest has it: its size, its checksum, and its extents, which tile it."""
+    position, crc = 0, 0
+    for extent in extents:
+        if extent.start != position:
+            raise StorageError(
+                f"extents do not tile a file at byte {position}; this is a bug of the program"
+            )
+        position += extent.length
+        crc = isal_zlib.crc32_combine(crc, extent.crc, extent.length)
+    return {"size": position, "crc32": crc, "extents": [extent.to_json() for extent in extents]}
+
+
+def small_record(data: bytes) -> dict[str, object]:
+    """A small file as the manifest has it."""
+    return file_record([Extent(0, len(data), "text", isal_zlib.crc32(data))] if data else [])
+
+
+def manifest(body: Mapping[str, object]) -> bytes:
+    """reshard.json, with a checksum over everything else in it."""
+    record = {**body, "version": MANIFEST_VERSION}
+    return common.dump_json({**record, "crc32": isal_zlib.crc32(common.dump_json(record))})
+
+
+def carried(source: Path, known: Sequence[str], kept_at_root: Sequence[str]) -> dict[str, Path]:
+    """Small files of the source to carry along, by their name in the target.
+
+    `known` are those that some format gives a meaning; `kept_at_root` those that mean the same in the target.
+    """
+    found: dict[str, Path] = {}
+    for folder in (source, source / common.ASSETS):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            legal = path.name.upper().startswith(LEGAL_TEXTS)
+            if (
+                not (path.name in known or legal)
+                or not path.is_file()
+                or path.stat().st_size > MAX_ASSET_BYTES
+            ):
+                continue
+            root = path.name in kept_at_root or legal
+            found.setdefault(path.name if root else f"{common.ASSETS}/{path.name}", path)
+    return found
+
+
+def write_texts(data: Path, texts: Mapping[str, bytes], *, fsync: bool) -> None:
+    """Write the small files of the target."""
+    for name, content in texts.items():
+        write_small(data / name, content)
+        if fsync:
+            sync(data / name)
+
+
+def sync_directories(root: Path) -> None:
+    """Bring every directory below `root` to the disk."""
+    for folder, _, _ in os.walk(root):
+        with explained("sync", Path(folder)):
+            sync(Path(folder))

@@ -1,0 +1,370 @@
+"""From the command line and YAML to a checked job: topologies by name, file or directory; every value typed.
+
+OmegaConf does the merging and the typing; nothing of it is passed on. All user input is checked here, except
+what only the files of a checkpoint can tell.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from reshard.errors import ConfigError
+from reshard.families.model import Json, ModelConfig, from_hf
+from reshard.formats import common
+from reshard.formats.options import Mesh, Options
+
+DTYPES = {
+    "keep": None,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "f16": torch.float16,
+    "float32": torch.float32,
+    "f32": torch.float32,
+}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+AXES = ("tp", "pp", "dp")
+
+
+@dataclass
+class MeshConfig:
+    """Sizes of the mesh axes."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+
+
+@dataclass
+class TopologyConfig:
+    """What a topology's YAML may say, for a source and a target alike."""
+
+    topology: str | None = None
+    format: str | None = None
+    mesh: MeshConfig | None = None
+    path: str | None = None
+    model: str | None = None
+    dtype: str = "keep"
+    embedding_dim: str = "auto"
+    max_shard_size: str = "5GB"
+    rope_interleaved: bool | None = None
+    vocab_multiple: int | None = None
+
+
+@dataclass
+class SourceConfig(TopologyConfig):
+    """Further keys of `src`."""
+
+    replicas: str = "first"
+    tied: bool | None = None
+    rope_factor: float | None = None
+
+
+@dataclass
+class TargetConfig(TopologyConfig):
+    """Further keys of `dst`."""
+
+    like: str | None = None
+
+
+@dataclass
+class EngineConfig:
+    """Keys of `engine`."""
+
+    memory: str = "256MiB"
+    exchange: str = "collective"
+    writers: str = "nearest"
+    backend: str = "auto"
+    timeout: float = 1800.0
+    fsync: bool = True
+
+
+@dataclass
+class Schema:
+    """The whole configuration."""
+
+    src: SourceConfig = field(default_factory=SourceConfig)
+    dst: TargetConfig = field(default_factory=TargetConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One checked side of a job. `format` None: to be detected in `path`."""
+
+    format: str | None
+    path: Path | None
+    options: Options
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """How a job runs: sizes in bytes, times in seconds."""
+
+    memory: int
+    exchange: str
+    writers: str
+    backend: str
+    timeout: float
+    fsync: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobConfig:
+    """A checked configuration."""
+
+    source: Side
+    target: Side
+    engine: Engine
+    strict_replicas: bool
+    like: Path | None
+
+
+def shipped() -> Path:
+    """The directory of the topologies that come with the program: in a wheel, or in the source tree."""
+    packaged = Path(__file__).with_name("configs")
+    return packaged if packaged.is_dir() else packaged.parents[1] / "configs"
+
+
+def topology_names() -> list[str]:
+    """The topologies that have a file of their own."""
+    return sorted(item.stem for item in shipped().glob("*.yaml"))
+
+
+def model_names() -> list[str]:
+    """The models that come with the program."""
+    return sorted(item.stem for item in (shipped() / "models").glob("*.yaml"))
+
+
+def parse_size(text: str, key: str) -> int:
+    """Bytes from `256MiB`, `5GB` or a plain number; `key` is for the message."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", str(text).strip(), re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{key}: `{text}` is not a size; write it like 256MiB or 5GB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def near(word: str, known: Sequence[str]) -> str:
+    """A hint with the closest of the known words."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"use one of {', '.join(known)}"
+
+
+def load(src: str | None, dst: str | None, overrides: Sequence[str], file: str | None) -> JobConfig:
+    """Merge topologies, job file and overrides, in this order, and check all of it."""
+    tree = _read_yaml(Path(file)) if file else {}
+    given = _merge([tree, _dotlist(overrides), _topologies(src, dst)], "configuration")
+    sides = {}
+    for name in ("src", "dst"):
+        side = given.get(name)
+        spec = side.get("topology") if isinstance(side, Mapping) else None
+        sides[name] = _resolve(spec, name) if spec else {}
+    schema = _typed([sides, given])
+    return _checked(schema)
+
+
+def _topologies(src: str | None, dst: str | None) -> dict[str, Json]:
+    named = {"src": src, "dst": dst}
+    return {name: {"topology": spec} for name, spec in named.items() if spec is not None}
+
+
+def _dotlist(overrides: Sequence[str]) -> dict[str, Json]:
+    """KEY=VALUE items as a tree."""
+    for item in overrides:
+        key, equals, _ = item.partition("=")
+        if not equals or not re.fullmatch(r"(src|dst|engine)(\.\w+)+", key):
+            raise ConfigError(f"`{item}` is not KEY=VALUE with a key below src, dst or engine")
+    return _container(OmegaConf.from_dotlist(list(overrides)), "command line")
+
+
+def _read_yaml(path: Path) -> dict[str, Json]:
+    """A YAML file as plain data."""
+    text = common.read_text(path)
+    try:
+        return _container(OmegaConf.create(text), str(path))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"`{path}`: {_first_line(error)}") from None
+    except Exception as error:  # yaml's errors have no base that OmegaConf names
+        raise ConfigError(f"`{path}`: not valid YAML: {_first_line(error)}") from None
+
+
+def _container(value: object, name: str) -> dict[str, Json]:
+    if not isinstance(value, DictConfig):
+        raise ConfigError(f"`{name}`: expected keys and values")
+    return cast(dict[str, Json], OmegaConf.to_container(value, resolve=True))
+
+
+def _merge(trees: Sequence[Mapping[str, Json]], name: str) -> dict[str, Json]:
+    merged = OmegaConf.merge(*(OmegaConf.create(dict(tree)) for tree in trees))
+    return _container(merged, name)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _typed(trees: Sequence[Mapping[str, Json]]) -> Schema:
+    """Merge into the dataclasses, which refuse unknown keys and wrong types."""
+    for tree in trees:
+        _check_keys(tree)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Schema), *(dict(tree) for tree in trees))
+        return cast(Schema, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{key or 'configuration'}: {_first_line(error)}") from None
+
+
+def _check_keys(tree: Mapping[str, Json]) -> None:
+    """Refuse keys that no dataclass has, with a near match."""
+    levels = {"src": SourceConfig, "dst": TargetConfig, "engine": EngineConfig}
+    for name, branch in tree.items():
+        if name not in levels:
+            raise ConfigError(f"unknown key `{name}`: {near(name, list(levels))}")
+        if not isinstance(branch, Mapping):
+            raise ConfigError(f"`{name}` is {branch!r}, expected keys and values")
+        known = [item.name for item in fields(levels[name])]
+        for key, value in branch.items():
+            if key not in known:
+                raise ConfigError(f"unknown key `{name}.{key}`: {near(str(key), known)}")
+            if (
+                key == "mesh"
+                and isinstance(value, Mapping)
+                and (wrong := [axis for axis in value if axis not in AXES])
+            ):
+                raise ConfigError(
+                    f"unknown key `{name}.mesh.{wrong[0]}`: {near(str(wrong[0]), AXES)}"
+                )
+
+
+def _resolve(spec: Json, side: str) -> dict[str, Json]:
+    """What a SPEC stands for: a directory, a YAML file, or a topology's name."""
+    if not isinstance(spec, str):
+        raise ConfigError(f"{side}.topology: {spec!r} is not a name")
+    path = Path(spec)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return _read_yaml(path)
+    own = shipped() / f"{spec}.yaml"
+    if re.fullmatch(r"[\w.-]+", spec) and own.is_file():
+        return _container(OmegaConf.create(own.read_text(encoding="utf-8")), spec)
+    if (like := _numbered(spec)) is not None:
+        return like
+    if path.is_dir():
+        if side == "dst":
+            raise ConfigError(
+                f"--dst {spec}: a directory is not a target; name a topology, and give dst.path={spec}"
+            )
+        return {"path": spec}
+    if "/" in spec or path.suffix in (".yaml", ".yml"):
+        raise ConfigError(f"--{side} {spec}: no such directory or file")
+    raise ConfigError(f"--{side}: topology `{spec}` is not known: {near(spec, topology_names())}")
+
+
+def _numbered(name: str) -> dict[str, Json] | None:
+    """The topology of a name such as `meta3` or `tp3pp2`: of the same kind as one that has a file."""
+    parts = re.findall(r"([a-z]+)(\d{1,6})", name)
+    if not parts or "".join(word + number for word, number in parts) != name:
+        return None
+    if any(int(number) < 1 for _, number in parts):
+        raise ConfigError(f"topology `{name}`: sizes begin at 1")
+    words = [word for word, _ in parts]
+    if len(set(words)) != len(words):
+        return None
+    on_axes = set(words) <= set(AXES)
+    pattern = re.compile(r"tp\d+" if on_axes else rf"{words[0]}\d+")
+    like = next((known for known in topology_names() if pattern.fullmatch(known)), None)
+    if like is None or not (on_axes or len(words) == 1):
+        return None
+    tree = _container(
+        OmegaConf.create((shipped() / f"{like}.yaml").read_text(encoding="utf-8")), like
+    )
+    if on_axes:
+        return {**tree, "mesh": {word: int(number) for word, number in parts}}
+    mesh = tree["mesh"]
+    return {**tree, "mesh": dict.fromkeys(mesh, int(parts[0][1])) if isinstance(mesh, dict) else {}}
+
+
+def read_model(spec: str) -> ModelConfig:
+    """A model by its name in configs/models/, or by the path of a config.json."""
+    path = Path(spec)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        return from_hf(common.read_json(path), str(path))
+    own = shipped() / "models" / f"{spec}.yaml"
+    if re.fullmatch(r"[\w.-]+", spec) and own.is_file():
+        return from_hf(_container(OmegaConf.create(own.read_text(encoding="utf-8")), spec), spec)
+    raise ConfigError(
+        f"src.model: `{spec}` is neither a file nor a known model: {near(spec, model_names())}"
+    )
+
+
+def _checked(schema: Schema) -> JobConfig:
+    """The job, with every value looked at."""
+    engine = schema.engine
+    _one_of("engine.exchange", engine.exchange, ("collective", "direct"))
+    _one_of("engine.writers", engine.writers, ("nearest", "owner"))
+    _one_of("engine.backend", engine.backend, ("auto", "nccl", "gloo"))
+    _one_of("src.replicas", schema.src.replicas, ("first", "strict"))
+    if engine.exchange == "direct" and engine.writers == "owner":
+        raise ConfigError(
+            "engine.writers=owner does not apply to engine.exchange=direct, where nothing crosses; use collective"
+        )
+    if engine.timeout <= 0:
+        raise ConfigError(f"engine.timeout: {engine.timeout:g} is not a time in seconds")
+    source = _side(schema.src, "src", tied=schema.src.tied, rope_factor=schema.src.rope_factor)
+    target = _side(schema.dst, "dst")
+    return JobConfig(
+        source,
+        target,
+        Engine(
+            parse_size(engine.memory, "engine.memory"),
+            engine.exchange,
+            engine.writers,
+            engine.backend,
+            engine.timeout,
+            engine.fsync,
+        ),
+        schema.src.replicas == "strict",
+        Path(schema.dst.like) if schema.dst.like else None,
+    )
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{key}: `{value}`: {near(value, known)}")
+
+
+def _side(
+    config: TopologyConfig, name: str, tied: bool | None = None, rope_factor: float | None = None
+) -> Side:
+    """One side, its strings parsed."""
+    _one_of(f"{name}.dtype", config.dtype, tuple(DTYPES))
+    _one_of(f"{name}.embedding_dim", config.embedding_dim, ("auto", "0", "1"))
+    if config.vocab_multiple is not None and config.vocab_multiple < 1:
+        raise ConfigError(
+            f"{name}.vocab_multiple: {config.vocab_multiple} is not a positive number"
+        )
+    mesh = config.mesh
+    if mesh is not None and min(mesh.tp, mesh.pp, mesh.dp) < 1:
+        raise ConfigError(f"{name}.mesh: tp={mesh.tp} pp={mesh.pp} dp={mesh.dp}: sizes begin at 1")
+    options = Options(
+        mesh=Mesh(mesh.tp, mesh.pp, mesh.dp) if mesh is not None else None,
+        embedding_dim=None if config.embedding_dim == "auto" else int(config.embedding_dim),
+        max_shard_bytes=parse_size(config.max_shard_size, f"{name}.max_shard_size"),
+        rope_interleaved=config.rope_interleaved,
+        vocab_multiple=config.vocab_multiple,
+        tied=tied,
+        rope_factor=rope_factor,
+        model=read_model(config.model) if config.model else None,
+    )
+    path = Path(config.path) if config.path else None
+    return Side(config.format, path, options, DTYPES[config.dtype])

@@ -1,0 +1,91 @@
+"""The bytes of one file: where its stored tensors lie, and how an empty one is laid out up front.
+
+Each container is a module with the same three names:
+
+    SUFFIXES                                the file suffixes that it reads
+    index(path) -> FileIndex                where each stored tensor of an existing file lies; no tensor byte is read
+    skeleton(tensors, metadata) -> Skeleton every byte of a new file that is not tensor data, and its final size
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from reshard.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one stored tensor lies in its file: `offset` in bytes, `strides` in elements."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileIndex:
+    """The stored tensors of one file by key, and the text metadata of its header."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One stored tensor of a file that is to be written; row-major, all of `shape` in one run."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A file before its tensors: its size, its other bytes, and where each tensor's bytes go.
+
+    `chunks` are (offset, bytes) in ascending order; chunks and tensors tile the file without a gap
+    or an overlap. `checksums` names, for a key, the offsets (inside chunks) of little-endian uint32
+    fields that must hold the CRC32 of that tensor's bytes before the file is published.
+    """
+
+    size: int
+    chunks: tuple[tuple[int, bytes], ...]
+    offsets: Mapping[str, int]
+    checksums: Mapping[str, tuple[int, ...]]
+
+
+@cache
+def _modules() -> Mapping[str, ModuleType]:
+    """Every container module of this package by name."""
+    return {
+        found.name: importlib.import_module(f"{__name__}.{found.name}")
+        for found in pkgutil.iter_modules(__path__)
+    }
+
+
+@lru_cache(maxsize=256)
+def index(path: Path) -> FileIndex:
+    """Where each stored tensor of `path` lies; the container is told by the suffix."""
+    for module in _modules().values():
+        if path.suffix in module.SUFFIXES:
+            if not path.is_file():
+                raise CheckpointError(f"`{path}`: no such file")
+            found: FileIndex = module.index(path)
+            return found
+    raise CheckpointError(f"`{path}`: files that end in `{path.suffix}` are not known")
+
+
+def skeleton(
+    container: str, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]
+) -> Skeleton:
+    """Every byte of a new file of `container` that is not tensor data."""
+    laid_out: Skeleton = _modules()[container].skeleton(tensors, metadata)
+    return laid_out

@@ -1,0 +1,351 @@
+"""Runs a plan: read, exchange, write, overlapped, in buffers that are allocated once.
+
+A round is a group of blocks that fits the buffers of every rank. While round `n` is exchanged and permuted,
+round `n+1` is read and round `n-1` is written. In direct mode nothing crosses and ranks do not meet.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from isal import isal_zlib
+
+from reshard.buffers import (
+    ALIGN,
+    Buffer,
+    Part,
+    Places,
+    as_memory,
+    joined,
+    load,
+    place_part,
+    runs_of,
+)
+from reshard.errors import ConfigError
+from reshard.journal import Journal, Record
+from reshard.layout import Region, StoredTensor
+from reshard.packing import Packed, copies, packed, plain
+from reshard.plan import Message, Move, Plan, wire_itemsize
+from reshard.storage import Files
+
+RESERVED_BYTES = 12 << 20
+MAX_ROUND_BYTES = 8 << 20
+
+
+class Exchange(Protocol):
+    """What carries one flat message per peer and round."""
+
+    def all_to_all(
+        self,
+        received: torch.Tensor,
+        sent: torch.Tensor,
+        received_bytes: Sequence[int],
+        sent_bytes: Sequence[int],
+    ) -> None:
+        """Send `sent`, cut by rank into `sent_bytes`; fill `received` with what all ranks sent here."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Bytes that one rank has moved."""
+
+    read: int = 0
+    exchanged: int = 0
+    written: int = 0
+    resumed: int = 0
+    blocks: int = 0
+
+
+@dataclass(slots=True)
+class Round:
+    """The moves of one round and the buffers that they are in."""
+
+    moves: Sequence[Move]
+    loaded: dict[tuple[int, int], list[Part]] = field(default_factory=dict)
+    pieces: list[Part] = field(default_factory=list)
+
+
+def buffers_of(plan: Plan) -> int:
+    """How many buffers a plan needs: reading and writing two each, the exchange one for each direction."""
+    return 4 if plan.exchange == "direct" or plan.world == 1 else 6
+
+
+def least_memory(plan: Plan, least_capacity: int) -> int:
+    """The least engine.memory that a plan can do with, in bytes, rounded up to MiB."""
+    return -(-(RESERVED_BYTES + buffers_of(plan) * least_capacity) >> 20) << 20
+
+
+def round_bytes(memory: int, plan: Plan) -> int:
+    """How many bytes each buffer gets of `memory`; too little is refused with the least that works."""
+    least = plan.least_capacity(ALIGN)
+    needed = least_memory(plan, least)
+    if memory < needed:
+        raise ConfigError(
+            f"engine.memory: {memory / (1 << 20):g}MiB is too little for this plan; the least that works is {needed >> 20}MiB"
+        )
+    share = (memory - RESERVED_BYTES) // buffers_of(plan)
+    return max(least, min(MAX_ROUND_BYTES, share // ALIGN * ALIGN))
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The checksum of a box of a block, read from the place `copy` of its parameter."""
+
+    parameter: str
+    region: Region
+    copy: int
+    of: int
+    crc: int
+    stored: StoredTensor
+
+
+class Engine:
+    """One rank's part in a plan. `done` are the (file, offset) of runs that an earlier attempt has written."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        *,
+        capacity: int,
+        source: tuple[Files, Places],
+        target: tuple[Files, Places],
+        exchange: Exchange | None,
+        journal: Journal,
+        done: Mapping[tuple[int, int], int],
+        pinned: bool = False,
+    ) -> None:
+        self._plan, self._rank, self._done = plan, rank, done
+        self._source_files, self._source = source
+        self._target_files, self._target = target
+        self._exchange, self._journal = exchange, journal
+        self._file_numbers = {file: number for number, file in enumerate(plan.target.files)}
+        self._reading = [Buffer(capacity, pinned=pinned) for _ in range(2)]
+        self._writing = [Buffer(capacity, pinned=pinned) for _ in range(2)]
+        crossing = exchange is not None
+        self._sent = Buffer(capacity if crossing else 0, pinned=pinned)
+        self._received = Buffer(capacity if crossing else 0, pinned=pinned)
+        sizes = {
+            slot.dtype.itemsize for layout in (plan.source, plan.target) for slot in layout.slots
+        }
+        self._unit = 1 if len(sizes) == 1 else max(sizes)
+        self._capacity = capacity
+        self.counters = Counters()
+        self.checks: list[Check] = []
+
+    def run(self, progress: Callable[[int], None]) -> None:
+        """Go through all rounds; `progress` is called with the bytes of blocks that are done."""
+        rounds = self._rounds()
+        with ThreadPoolExecutor(1, "reading") as reader, ThreadPoolExecutor(1, "writing") as writer:
+            number, written = 0, None
+            loading: Future[Round | None] = reader.submit(self._load, rounds, self._reading[0])
+            try:
+                while (current := loading.result()) is not None:
+                    number += 1
+                    loading = reader.submit(self._load, rounds, self._reading[number % 2])
+                    source, target = self._reading[(number - 1) % 2], self._writing[number % 2]
+                    self._assemble(current, source, target)
+                    if written is not None:
+                        progress(written.result())
+                    written = writer.submit(self._write, current, target)
+                if written is not None:
+                    progress(written.result())
+            finally:
+                reader.shutdown(cancel_futures=True)
+                writer.shutdown(cancel_futures=True)
+        self.counters.read = self._source_files.nbytes
+        self.counters.written = self._target_files.nbytes
+
+    # Stage 1: read.
+
+    def _rounds(self) -> Iterator[Sequence[Move]]:
+        return self._plan.rounds(self._rank, self._capacity, ALIGN)
+
+    def _load(self, rounds: Iterator[Sequence[Move]], buffer: Buffer) -> Round | None:
+        """Read what this rank owns of the next round."""
+        moves = next(rounds, None)
+        if moves is None:
+            return None
+        current = Round([move for move in moves if not self._finished(move)])
+        wanted = [
+            (place, stored)
+            for place, move in enumerate(current.moves)
+            for rank, stored in move.reads
+            if rank == self._rank
+        ]
+        buffer.clear()
+        parts = load([stored for _, stored in wanted], self._source_files, self._source, buffer)
+        for (place, stored), part in zip(wanted, parts, strict=True):
+            current.loaded.setdefault((place, stored.copy), []).append(part)
+        return current
+
+    def _finished(self, move: Move) -> bool:
+        """Whether an earlier attempt has written all of a move, and nothing of it has to be compared."""
+        if not self._done or any(stored.copy for _, stored in move.reads):
+            return False
+        return all(self._written(piece) for _, piece in move.pieces)
+
+    def _written(self, piece: StoredTensor) -> bool:
+        offset, _ = self._target.locate(piece)
+        number, size = self._file_numbers[piece.file], piece.dtype.itemsize
+        runs = packed(piece.slot.placement, piece.shard, piece.region).runs
+        return all((number, offset + first * size) in self._done for first, _ in runs)
+
+    # Stage 2: exchange and permute.
+
+    def _assemble(self, current: Round, source: Buffer, target: Buffer) -> None:
+        """Bring everything that this rank writes into `target`."""
+        target.clear()
+        arrived = self._swap(current, source)
+        for place, move in enumerate(current.moves):
+            own = [part for part in current.loaded.get((place, 0), ())]
+            for rank, stored in move.pieces:
+                if rank != self._rank:
+                    continue
+                piece = place_part(stored, self._target, target)
+                current.pieces.append(piece)
+                for part in own:
+                    flat = source.view(part.stored.dtype)
+                    _carry(part.packed, flat, part.element(), piece, target, part.stored.region)
+                for message, base in arrived.get(place, ()):
+                    dtype = _wire_dtype(message, stored)
+                    flat = self._received.view(dtype)
+                    _carry(
+                        plain(message.region),
+                        flat,
+                        base // dtype.itemsize,
+                        piece,
+                        target,
+                        message.region,
+                    )
+            self._compare(place, move, current, source)
+
+    def _swap(self, current: Round, source: Buffer) -> dict[int, list[tuple[Message, int]]]:
+        """Exchange the messages of a round; where each that came here lies in the buffer, by move."""
+        if self._exchange is None:
+            return {}
+        outgoing, sent_bytes = self._line_up(current, incoming=False)
+        incoming, received_bytes = self._line_up(current, incoming=True)
+        for place, message, base in outgoing:
+            dtype = _wire_dtype(message, current.moves[place].pieces[0][1])
+            for part in current.loaded[place, 0]:
+                for copy in copies(part.packed, plain(message.region), message.region):
+                    copy.run(
+                        source.view(part.stored.dtype),
+                        part.element(),
+                        self._sent.view(dtype),
+                        base // dtype.itemsize,
+                    )
+        self._exchange.all_to_all(
+            self._received.bytes[: sum(received_bytes)],
+            self._sent.bytes[: sum(sent_bytes)],
+            received_bytes,
+            sent_bytes,
+        )
+        self.counters.exchanged += sum(sent_bytes)
+        arrived: dict[int, list[tuple[Message, int]]] = {}
+        for place, message, base in incoming:
+            arrived.setdefault(place, []).append((message, base))
+        return arrived
+
+    def _line_up(
+        self, current: Round, *, incoming: bool
+    ) -> tuple[list[tuple[int, Message, int]], list[int]]:
+        """The messages from (or to) this rank, each with its offset, and the bytes per peer.
+
+        Both ends walk the same moves, so both find the same order. Where dtypes are mixed, wide elements
+        come first and a peer's bytes are rounded up, so that every message is aligned.
+        """
+        by_peer: dict[int, list[tuple[int, int, Message]]] = {}
+        for place, move in enumerate(current.moves):
+            for message in move.messages:
+                here, peer = (
+                    (message.writer, message.reader)
+                    if incoming
+                    else (message.reader, message.writer)
+                )
+                if here == self._rank:
+                    size = wire_itemsize(message, move.pieces[0][1])
+                    by_peer.setdefault(peer, []).append((size, place, message))
+        lined_up, per_peer, position = [], [], 0
+        for peer in range(self._plan.world):
+            start = position
+            for size, place, message in sorted(by_peer.get(peer, ()), key=lambda item: -item[0]):
+                lined_up.append((place, message, position))
+                position += size * message.region.numel
+            position = start + -(-(position - start) // self._unit) * self._unit
+            per_peer.append(position - start)
+        return lined_up, per_peer
+
+    def _compare(self, place: int, move: Move, current: Round, source: Buffer) -> None:
+        """Checksum every box that the source holds more than once, to be compared when all is read."""
+        further = [stored for _, stored in move.reads if stored.copy]
+        for stored in further:
+            for _, primary in move.reads:
+                box = stored.region & primary.region if primary.copy == 0 else None
+                if box is None:
+                    continue
+                for copy in (0, stored.copy):
+                    for part in current.loaded.get((place, copy), ()):
+                        held = stored if copy else primary
+                        if part.stored == held:
+                            crc = _checksum(part, source, box)
+                            self.checks.append(
+                                Check(
+                                    move.block.parameter, box, copy, stored.copy, crc, part.stored
+                                )
+                            )
+
+    # Stage 3: write.
+
+    def _write(self, current: Round, target: Buffer) -> int:
+        """Write and journal the pieces of a round; the bytes of its blocks."""
+        records: list[Record] = []
+        runs: list[tuple[str, int, memoryview]] = []
+        for piece in current.pieces:
+            number = self._file_numbers[piece.stored.file]
+            for offset, view in runs_of(piece, target):
+                crc = isal_zlib.crc32(view)
+                if self._done.get((number, offset)) == crc:
+                    self.counters.resumed += view.nbytes
+                    continue
+                records.append(Record(number, offset, view.nbytes, crc))
+                runs.append((piece.stored.file, offset, view))
+        for file, offset, views in joined(runs):
+            self._target_files.write(file, offset, views)
+            self._target_files.push(file, offset, sum(v.nbytes for v in views))
+        self._journal.append(records)
+        self.counters.blocks += len(current.moves)
+        return sum(
+            move.block.region.numel * move.pieces[0][1].dtype.itemsize for move in current.moves
+        )
+
+
+def _wire_dtype(message: Message, target: StoredTensor) -> torch.dtype:
+    """The dtype in which a message travels: the narrower of the two."""
+    return min(message.stored.dtype, target.dtype, key=lambda dtype: dtype.itemsize)
+
+
+def _carry(
+    box: Packed, flat: torch.Tensor, base: int, piece: Part, target: Buffer, region: Region
+) -> None:
+    """Copy what a packed box, which holds `region`, has of a piece."""
+    common = region & piece.stored.region
+    if common is not None:
+        there = target.view(piece.stored.dtype)
+        for copy in copies(box, piece.packed, common):
+            copy.run(flat, base, there, piece.element())
+
+
+def _checksum(part: Part, buffer: Buffer, box: Region) -> int:
+    """CRC32 of a box in the parameter's own order, whatever the order in the buffer."""
+    flat, crc = buffer.view(part.stored.dtype), 0
+    for window in part.packed.windows:
+        common = window.region & box
+        if common is not None:
+            piece = window.narrow(common)
+            view = flat.as_strided(common.shape, piece.strides, part.element() + piece.offset)
+            crc = isal_zlib.crc32(as_memory(view.contiguous()), crc)
+    return crc

@@ -1,0 +1,37 @@
+"""What can go wrong, by kind; each message is one line: the thing, found against expected, what to do."""
+
+
+class ReshardError(Exception):
+    """Base of all errors that the program reports in one line."""
+
+    exit_code = 1
+
+
+class ConfigError(ReshardError):
+    """The command line, a topology or a model config asks for something that cannot be done."""
+
+    exit_code = 2
+
+
+class LayoutError(ReshardError):
+    """A layout cannot hold a model, or two layouts do not describe the same parameters."""
+
+    exit_code = 2
+
+
+class CheckpointError(ReshardError):
+    """A file of a checkpoint is missing, damaged, or not what its layout says."""
+
+    exit_code = 2
+
+
+class StorageError(ReshardError):
+    """Reading, writing or publishing failed in a way that trying again may mend."""
+
+
+class PeerError(ReshardError):
+    """Another rank failed, died, or stopped making progress."""
+
+
+class VerifyError(ReshardError):
+    """Two checkpoints differ, or a checkpoint differs from its manifest."""

@@ -1,0 +1,54 @@
+"""Model families: which logical parameters a model has, from the sizes in its config.
+
+A family is a module with `MODEL_TYPES`, the `model_type` values that it answers to, `ARCHITECTURE`, the
+class that config.json names, and `parameters(model) -> list[Parameter]`. Modules of this package are found by name; adding one adds a family.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from typing import Protocol, cast
+
+from reshard.errors import ConfigError
+from reshard.families.model import ModelConfig
+from reshard.layout import Parameter
+
+
+class Family(Protocol):
+    """What a family's module has."""
+
+    ARCHITECTURE: str
+
+    def parameters(self, model: ModelConfig) -> list[Parameter]:
+        """The logical parameters of a model."""
+
+
+@cache
+def _families() -> Mapping[str, Family]:
+    names = [found.name for found in pkgutil.iter_modules(__path__)]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return {
+        kind: cast(Family, module)
+        for module in modules
+        for kind in getattr(module, "MODEL_TYPES", ())
+    }
+
+
+def _family(model: ModelConfig) -> Family:
+    known = _families()
+    if model.model_type not in known:
+        raise ConfigError(
+            f"model type `{model.model_type}` is not known; use one of {', '.join(sorted(known))}"
+        )
+    return known[model.model_type]
+
+
+def parameters(model: ModelConfig) -> list[Parameter]:
+    """The logical parameters of `model`, in Hugging Face's order; an unknown family is refused."""
+    return _family(model).parameters(model)
+
+
+def architecture(model: ModelConfig) -> str:
+    """The class of transformers that loads `model`."""
+    return _family(model).ARCHITECTURE

@@ -1,0 +1,133 @@
+"""The canonical model config: the sizes and facts of a model, whatever format it was read from."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+from reshard.errors import ConfigError
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+# Spellings of config.json for the fields whose name here differs; the rest is carried as `extras`.
+# transformers 4.x writes torch_dtype, rope_theta and rope_scaling; 5.x dtype and rope_parameters.
+HF_NAMES = {
+    "hidden_size": "hidden",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate",
+    "vocab_size": "vocab",
+    "tie_word_embeddings": "tied",
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "max_position_embeddings": "max_positions",
+    "bos_token_id": "bos",
+    "eos_token_id": "eos",
+    "pad_token_id": "pad",
+    "torch_dtype": "dtype",
+}
+RENAMED = {"dtype", "rope_parameters", "architectures", "model_type", "transformers_version"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes in elements; `rope_scaling` as in config.json; `extras` are config.json keys carried as they are."""
+
+    model_type: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Json] | None = None
+    max_positions: int = 2048
+    bos: int | None = 1
+    eos: int | list[int] | None = 2
+    pad: int | None = None
+    dtype: str = "bfloat16"
+    extras: Mapping[str, Json] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
+        wrong = [
+            name
+            for name in sizes
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1
+        ]
+        if wrong:
+            raise ConfigError(
+                f"model config: `{wrong[0]}` is {getattr(self, wrong[0])!r}, expected a positive int"
+            )
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"model config: {self.kv_heads} key-value heads do not divide {self.heads} attention heads"
+            )
+
+    def to_json(self) -> dict[str, Json]:
+        """All fields as JSON, for the manifest."""
+        return asdict(self)
+
+
+def from_json(record: Mapping[str, Json]) -> ModelConfig:
+    """The config that `to_json` wrote; unknown or missing fields are a ConfigError."""
+    known = {item.name for item in fields(ModelConfig)}
+    if unknown := sorted(set(record) - known):
+        raise ConfigError(f"model config: unknown field `{unknown[0]}`")
+    try:
+        return ModelConfig(**record)  # type: ignore[arg-type]  # checked by __post_init__
+    except TypeError as error:
+        raise ConfigError(f"model config: {error}") from None
+
+
+def from_hf(config: Mapping[str, Json], name: str) -> ModelConfig:
+    """Read a Hugging Face config.json (`name` is for messages) in the 4.x or the 5.x spelling."""
+    flat = dict(config)
+    rope = flat.get("rope_parameters")
+    if isinstance(rope, dict):
+        flat["rope_theta"] = rope.get("rope_theta", 10000.0)
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        flat["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    flat["torch_dtype"] = flat.get("torch_dtype") or flat.get("dtype") or "bfloat16"
+    required = (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
+    if missing := [key for key in required if flat.get(key) is None]:
+        raise ConfigError(f"`{name}`: `{missing[0]}` is missing")
+    hidden, heads = flat["hidden_size"], flat["num_attention_heads"]
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
+        raise ConfigError(
+            f"`{name}`: hidden_size {hidden!r} and num_attention_heads {heads!r} are no sizes"
+        )
+    flat["num_key_value_heads"] = flat.get("num_key_value_heads") or heads
+    flat["head_dim"] = flat.get("head_dim") or hidden // heads
+    if "tie_word_embeddings" not in flat:
+        flat["tie_word_embeddings"] = False
+    values = {ours: flat[theirs] for theirs, ours in HF_NAMES.items() if theirs in flat}
+    extras = {
+        key: value for key, value in flat.items() if key not in HF_NAMES and key not in RENAMED
+    }
+    return from_json({**values, "model_type": flat["model_type"], "extras": extras})
+
+
+def to_hf(model: ModelConfig) -> dict[str, Json]:
+    """The config.json of `model` in the 4.x spelling, which every known reader accepts."""
+    record = model.to_json()
+    named = {theirs: record[ours] for theirs, ours in HF_NAMES.items()}
+    if model.pad is None:
+        del named["pad_token_id"]
+    return {**model.extras, **named, "model_type": model.model_type}

@@ -1,0 +1,167 @@
+"""What all formats share: reading small files safely, and comparing headers with a layout."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from reshard import containers
+from reshard.errors import CheckpointError, ConfigError, LayoutError
+from reshard.families.model import Json, ModelConfig, from_json
+from reshard.formats.options import Scan
+from reshard.layout import Parameter
+
+MAX_TEXT_BYTES = 64 << 20
+MANIFEST = "reshard.json"
+ASSETS = "assets"
+PROBLEMS_SHOWN = 3
+
+
+def read_text(path: Path) -> str:
+    """A small text file; a missing, huge or undecodable one is a CheckpointError."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_TEXT_BYTES:
+            raise CheckpointError(f"`{path}`: {size} bytes, expected a small text file")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"`{path}`: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"`{path}`: not a text file") from None
+
+
+def read_json(path: Path) -> dict[str, Json]:
+    """A JSON object from a small file."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{path}`: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"`{path}`: holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def dump_json(value: Mapping[str, object]) -> bytes:
+    """JSON as every output file has it: sorted keys, two blanks, a final newline."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def confined(name: str, origin: str) -> str:
+    """A file name that another file gives, which must stay inside the checkpoint's directory."""
+    parts = name.replace(os.sep, "/").split("/")
+    if (
+        not name
+        or name.startswith("/")
+        or "\0" in name
+        or any(part in ("", ".", "..") for part in parts)
+    ):
+        raise CheckpointError(
+            f"`{origin}`: names the file `{name}`, which lies outside the checkpoint's directory"
+        )
+    return name
+
+
+def manifest_model(root: Path) -> ModelConfig | None:
+    """The canonical config that an earlier run left in the manifest of this directory, if there is one."""
+    if not (root / MANIFEST).is_file():
+        return None
+    record = read_json(root / MANIFEST).get("model")
+    if not isinstance(record, dict):
+        return None
+    try:
+        return from_json(record)
+    except ConfigError as error:
+        raise CheckpointError(f"`{root / MANIFEST}`: {error}") from None
+
+
+def with_stored_dtypes(
+    parameters: Iterable[Parameter], dtypes: Mapping[str, torch.dtype]
+) -> tuple[Parameter, ...]:
+    """Parameters in the dtype in which the checkpoint stores them."""
+    return tuple(
+        replace(parameter, dtype=dtypes.get(parameter.name, parameter.dtype))
+        for parameter in parameters
+    )
+
+
+def dominant_dtype(dtypes: Iterable[torch.dtype]) -> str:
+    """The dtype of most tensors, as config.json spells it."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return max(sorted(set(names)), key=names.count) if names else "bfloat16"
+
+
+def divisors(*numbers: int) -> list[int]:
+    """All common divisors."""
+    return [
+        value
+        for value in range(1, min(numbers) + 1)
+        if all(number % value == 0 for number in numbers)
+    ]
+
+
+def require_plain_heads(model: ModelConfig, name: str) -> None:
+    """Refuse heads whose size does not follow from the hidden size, for formats that cannot say it."""
+    if model.heads * model.head_dim != model.hidden:
+        raise LayoutError(
+            f"{name}: {model.heads} heads of {model.head_dim} are not the hidden size {model.hidden}, and {name} "
+            "has no field for another head size; use --dst hf"
+        )
+
+
+def require_even_heads(model: ModelConfig, name: str) -> None:
+    """Refuse to interleave rotary heads that have no two halves."""
+    if model.head_dim % 2:
+        raise LayoutError(
+            f"{name}: rotary heads of {model.head_dim} rows have no two halves; such a model can be stored in "
+            "Hugging Face's row order only (--dst hf)"
+        )
+
+
+def require_no_bias(model: ModelConfig, name: str) -> None:
+    """Refuse biases, for formats that have no place for them."""
+    held = [key for key in ("attention_bias", "mlp_bias") if getattr(model, key)]
+    if held:
+        raise LayoutError(
+            f"{name}: the model has {held[0]}=true, and {name} holds no biases; use --dst hf"
+        )
+
+
+def check_headers(scan: Scan, files: Iterable[str]) -> None:
+    """Refuse files whose headers do not hold exactly the stored tensors of the layout."""
+    problems = [problem for file in files for problem in _problems(scan, file)]
+    if problems:
+        shown = "; ".join(problems[:PROBLEMS_SHOWN])
+        more = (
+            f" (and {len(problems) - PROBLEMS_SHOWN} more)"
+            if len(problems) > PROBLEMS_SHOWN
+            else ""
+        )
+        raise CheckpointError(shown + more)
+
+
+def _problems(scan: Scan, file: str) -> list[str]:
+    """What is wrong with the header of one file, one line each."""
+    header = containers.index(scan.root / file)
+    entries = header.entries
+    expected = {content.key: content for content in scan.layout.contents(file)}
+    found = [f"`{file}`: tensor `{key}` is missing" for key in expected if key not in entries]
+    for key, entry in entries.items():
+        if key not in expected:
+            if not scan.ignored(key):
+                found.append(
+                    f"`{file}`: tensor `{key}` is not part of a {scan.layout.name} checkpoint of this model"
+                )
+        elif (entry.dtype, entry.shape) != (expected[key].dtype, expected[key].shape):
+            found.append(
+                f"`{file}`: tensor `{key}` is {_text(entry.dtype)} {list(entry.shape)}, expected "
+                f"{_text(expected[key].dtype)} {list(expected[key].shape)}"
+            )
+    wrong = scan.wrong_metadata(file, header.metadata)
+    return [*found, wrong] if wrong else found
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,380 @@
+"""Nanotron checkpoints: one safetensors file per parameter and tensor-parallel rank, in a tree of modules.
+
+q, k, v and gate, up are fused and cut inside each part. Norms have no rank in their name. The pipeline stage
+of a module is in its files' names; stages follow Nanotron's own walk over costs. Every sharded file says in
+its header which slices of the whole tensor it holds, and that is checked against the layout.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+from reshard import containers
+from reshard.errors import CheckpointError, LayoutError
+from reshard.families import parameters as parameters_of
+from reshard.families.model import ModelConfig, from_hf
+from reshard.formats import common
+from reshard.formats.nanotron_files import (
+    Sharded,
+    checkpoint_metadata,
+    model_config,
+    shard_metadata,
+    training_config,
+    wrong_slices,
+)
+from reshard.formats.options import Mesh, Options, Scan
+from reshard.layout import Cut, Layout, Parameter, Placement, Slot, uncut
+
+NAME = "nanotron"
+ASSETS: tuple[str, ...] = ()
+KEY = "data"
+FILE = "model/model/{module}/model_weight{suffix}.safetensors"
+SUFFIX = "_pp-rank-{stage}-of-{pp}_tp-rank-{{shard}}-of-{tp}"
+FILE_NAME = re.compile(
+    r"model_weight(?:_pp-rank-(\d{1,6})-of-(\d{1,6})_tp-rank-(\d{1,6})-of-(\d{1,6}))?\.safetensors"
+)
+MODULES = {
+    "embedding": "token_position_embeddings/pp_block/token_embedding",
+    "attention.q": "decoder/{layer}/pp_block/attn/qkv_proj",
+    "attention.k": "decoder/{layer}/pp_block/attn/qkv_proj",
+    "attention.v": "decoder/{layer}/pp_block/attn/qkv_proj",
+    "attention.o": "decoder/{layer}/pp_block/attn/o_proj",
+    "mlp.gate": "decoder/{layer}/pp_block/mlp/gate_up_proj",
+    "mlp.up": "decoder/{layer}/pp_block/mlp/gate_up_proj",
+    "mlp.down": "decoder/{layer}/pp_block/mlp/down_proj",
+    "attention.norm": "decoder/{layer}/pp_block/input_layernorm",
+    "mlp.norm": "decoder/{layer}/pp_block/post_attention_layernorm",
+    "norm": "final_layer_norm/pp_block",
+    "output": "lm_head/pp_block",
+}
+FUSED = (("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up"))
+VOCABULARY = ("embedding", "output")
+LEFT_BEHIND = ("optimizer", "lr_scheduler", "random")
+
+
+def layout(parameters: Sequence[Parameter], model: ModelConfig, options: Options) -> Layout:
+    """A file per parameter and tensor-parallel coordinate; data parallelism leaves no trace."""
+    mesh, rows = options.axes, _check(model, options)
+    stages = options.stages or assign_stages(model, rows, mesh.pp)
+    by_role = {(parameter.layer, parameter.role): parameter for parameter in parameters}
+    slots, sharded = [], {}
+    for parameter in parameters:
+        fused = next((roles for roles in FUSED if parameter.role in roles), (parameter.role,))
+        parts = [by_role[parameter.layer, role] for role in fused]
+        slot = _slot(parameter, parts, mesh, stages[_block(parameter)], rows)
+        if options.rope_interleaved and parameter.rotary:
+            slot = replace(slot, placement=replace(slot.placement, interleaved=parameter.head))
+        slots.append(slot)
+        if parameter.dim is not None:
+            chunks = tuple(_padded(part, rows)[parameter.dim] for part in parts)
+            sharded[slot.file] = Sharded(
+                chunks, parameter.dim, _padded(parameter, rows)[1 - parameter.dim]
+            )
+    name = (
+        f"tp{mesh.tp}"
+        + (f"pp{mesh.pp}" if mesh.pp > 1 else "")
+        + (f"dp{mesh.dp}" if mesh.dp > 1 else "")
+    )
+    metadata = partial(shard_metadata, sharded, mesh.tp)
+    return Layout(name, "safetensors", mesh.tp * mesh.pp, tuple(slots), metadata=metadata)
+
+
+def _padded(parameter: Parameter, rows: int) -> tuple[int, ...]:
+    """The shape that Nanotron's module has: with the vocabulary padded."""
+    return (rows, *parameter.shape[1:]) if parameter.role in VOCABULARY else parameter.shape
+
+
+def _slot(
+    parameter: Parameter, parts: Sequence[Parameter], mesh: Mesh, stage: int, rows: int
+) -> Slot:
+    """Where one parameter lies: `parts` are the parameters fused into its stored tensor, itself included."""
+    module = MODULES[parameter.role].format(layer=parameter.layer)
+    shape, coordinate = parameter.shape, stage * mesh.tp
+    if parameter.dim is None:
+        placement = Placement(shape, uncut(shape[0]))
+        return Slot(
+            parameter.name,
+            placement,
+            FILE.format(module=module, suffix=""),
+            KEY,
+            parameter.dtype,
+            coordinate,
+        )
+    full = _padded(parameter, rows)
+    cut = Cut(parameter.dim, shape[parameter.dim], full[parameter.dim] // mesh.tp, parts=mesh.tp)
+    local = [_padded(part, rows)[0] // mesh.tp for part in parts]
+    offset = sum(local[: parts.index(parameter)]) * shape[1]
+    stored = (sum(local), shape[1]) if parameter.dim == 0 else None
+    suffix = SUFFIX.format(stage=stage, pp=mesh.pp, tp=mesh.tp)
+    file = FILE.format(module=module, suffix=suffix)
+    return Slot(
+        parameter.name,
+        Placement(shape, cut, stored, offset),
+        file,
+        KEY,
+        parameter.dtype,
+        coordinate,
+    )
+
+
+def _block(parameter: Parameter) -> str:
+    """The pipeline block that a parameter belongs to: a layer's number, or the role of what is outside."""
+    return parameter.role if parameter.layer is None else str(parameter.layer)
+
+
+def assign_stages(model: ModelConfig, rows: int, pp: int) -> dict[str, int]:
+    """The stage of each pipeline block, by Nanotron's walk (models/base.py, build_model).
+
+    Blocks are placed in order; a block whose cumulative cost passes the stage's share still belongs to
+    that stage, and the next one goes on. Only layers and the output have a cost.
+    """
+    layer = 4 * model.hidden * model.hidden + 3 * model.intermediate * model.hidden
+    costs = {"embedding": 0, **{str(number): layer for number in range(model.layers)}, "norm": 0}
+    costs["output"] = rows * model.hidden
+    done = list(accumulate(costs.values()))
+    stages, stage = {}, 0
+    for block, cost in zip(costs, done, strict=True):
+        stages[block] = stage
+        if cost > done[-1] * (stage + 1) / pp:
+            stage += 1
+    return stages
+
+
+def _check(model: ModelConfig, options: Options) -> int:
+    """The stored rows of the vocabulary, for a mesh that the model can be cut into."""
+    mesh = options.axes
+    name = f"Nanotron tp={mesh.tp} pp={mesh.pp}"
+    common.require_no_bias(model, name)
+    common.require_plain_heads(model, name)
+    if options.rope_interleaved:
+        common.require_even_heads(model, name)
+    legal = common.divisors(model.heads, model.kv_heads, model.intermediate)
+    if mesh.tp not in legal:
+        raise LayoutError(
+            f"{name}: tp must divide {model.heads} heads, {model.kv_heads} key-value heads and feed-forward width "
+            f"{model.intermediate} (Nanotron does not repeat heads); the largest that does is {legal[-1]}"
+        )
+    if mesh.pp > model.layers + 2:
+        raise LayoutError(
+            f"{name}: {model.layers} layers have work for {model.layers + 2} stages at most"
+        )
+    rows = options.vocab_rows or model.vocab
+    if options.vocab_multiple and not options.vocab_rows:
+        unit = options.vocab_multiple * mesh.tp
+        rows = -(-model.vocab // unit) * unit
+    if rows % mesh.tp:
+        raise LayoutError(
+            f"{name}: tp does not divide the vocabulary of {rows}; pad it with dst.vocab_multiple=1 (to "
+            f"{-(-rows // mesh.tp) * mesh.tp} rows), or use tp in {common.divisors(rows, legal[-1])}"
+        )
+    return rows
+
+
+def notes(model: ModelConfig, options: Options) -> tuple[str, ...]:
+    """What the plan says about a target of this format."""
+    mesh = options.axes
+    found = [f"Nanotron TP={mesh.tp} PP={mesh.pp}, for training; for inference use --dst hf"]
+    if model.rope_scaling is not None:
+        found.append(
+            "rope_scaling is stored, but Nanotron does not apply it: positions beyond the base context differ"
+        )
+    rows = _check(model, options)
+    if rows != model.vocab:
+        found.append(f"vocabulary padded from {model.vocab} to {rows} rows of zeros")
+    if options.rope_interleaved:
+        found.append("rotary rows interleaved (rope_interleaved=true)")
+    return tuple(found)
+
+
+def detect(path: Path) -> bool:
+    """Whether `path` is a step directory, or a run's folder with latest.txt."""
+    return (path / "latest.txt").is_file() or (
+        (path / "model_config.json").is_file() and (path / "model").is_dir()
+    )
+
+
+def scan(path: Path, options: Options) -> Scan:
+    """Read the layout of a step directory from its model_config.json and the names and headers of its files."""
+    root = _step(path)
+    mesh, stages = _topology(root, options)
+    entries = root / FILE.format(
+        module=MODULES["embedding"],
+        suffix=SUFFIX.format(stage=stages["embedding"], pp=mesh.pp, tp=mesh.tp),
+    )
+    rows_per_shard = _only_entry(Path(str(entries).format(shard=0))).shape[0]
+    model, interleaved, assumed = _model(root, options, rows_per_shard * mesh.tp)
+    stages = {**dict.fromkeys(assign_stages(model, 1, 1), mesh.pp - 1), **stages}
+    options = replace(
+        options,
+        mesh=mesh,
+        stages=stages,
+        rope_interleaved=interleaved,
+        vocab_rows=rows_per_shard * mesh.tp,
+    )
+    expected = parameters_of(model)
+    named = layout(expected, model, options)
+    _check_files(root, named, mesh)
+    dtypes = {
+        slot.parameter: _only_entry(root / slot.file.format(shard=0)).dtype for slot in named.slots
+    }
+    stored = common.with_stored_dtypes(expected, dtypes)
+    model = replace(model, dtype=common.dominant_dtype(dtypes.values()))
+    found = layout(stored, model, options)
+    left = tuple(name for name in LEFT_BEHIND if (root / name).exists())
+    return Scan(
+        model,
+        stored,
+        found,
+        root,
+        options,
+        tuple(assumed),
+        left,
+        wrong_metadata=partial(wrong_slices, found),
+    )
+
+
+def _step(path: Path) -> Path:
+    """The step directory that a run's folder names as its latest, or `path` itself."""
+    if not (path / "latest.txt").is_file():
+        return path
+    step = common.read_text(path / "latest.txt").strip()
+    if not re.fullmatch(r"\d{1,12}", step) or not (path / step).is_dir():
+        raise CheckpointError(
+            f"`{path / 'latest.txt'}`: names step `{step[:40]}`, which is not there"
+        )
+    return path / step
+
+
+def _stored_files(root: Path) -> list[str]:
+    """Every safetensors file below model/, relative to the step directory."""
+    found = []
+    for folder, _, names in os.walk(root / "model"):
+        found += [
+            os.path.relpath(os.path.join(folder, name), root)
+            for name in names
+            if name.endswith(".safetensors")
+        ]
+    return sorted(found)
+
+
+def _topology(root: Path, options: Options) -> tuple[Mesh, dict[str, int]]:
+    """The mesh and the stages that the file names tell; files of more than one mesh are refused."""
+    sizes: dict[tuple[int, int], str] = {}
+    stages: dict[str, int] = {}
+    for file in _stored_files(root):
+        match = FILE_NAME.fullmatch(os.path.basename(file))
+        if match is None:
+            raise CheckpointError(
+                f"`{root / file}`: not the name of a file that Nanotron writes for a dense Llama"
+            )
+        if match[1] is None:
+            continue
+        sizes.setdefault((int(match[2]), int(match[4])), file)
+        stages.setdefault(_block_of(file), int(match[1]))
+    if len(sizes) != 1:
+        shown = " and ".join(f"`{file}`" for file in sizes.values()) or "no sharded file"
+        raise CheckpointError(
+            f"`{root}`: {shown}: expected files of one topology; remove the stale ones"
+        )
+    if "embedding" not in stages:
+        raise CheckpointError(f"`{root}`: no file of {MODULES['embedding']} is there")
+    (pp, tp), file = next(iter(sizes.items()))
+    asked = options.mesh
+    if asked and (asked.tp, asked.pp) != (tp, pp):
+        raise CheckpointError(
+            f"`{root}`: holds tp={tp} pp={pp} (`{file}`), but the source is tp={asked.tp} pp={asked.pp}"
+        )
+    return Mesh(tp=tp, pp=pp, dp=asked.dp if asked else 1), stages
+
+
+def _block_of(file: str) -> str:
+    """The pipeline block of a file's path."""
+    parts = file.split("/")
+    modules = {
+        "token_position_embeddings": "embedding",
+        "final_layer_norm": "norm",
+        "lm_head": "output",
+    }
+    name = parts[2] if len(parts) > 3 else ""
+    return parts[3] if name == "decoder" else modules.get(name, name)
+
+
+def _only_entry(path: Path) -> containers.Entry:
+    """The one tensor of a file."""
+    entries = containers.index(path).entries
+    if list(entries) != [KEY]:
+        raise CheckpointError(f"`{path}`: holds {sorted(entries)[:3]}, expected one tensor `{KEY}`")
+    return entries[KEY]
+
+
+def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, list[str]]:
+    """The model config, whether rotary rows are interleaved, and what was assumed."""
+    name = root / "model_config.json"
+    config = common.read_json(name)
+    if config.get("is_qwen2_config") and (config.get("attention_bias") or config.get("moe_config")):
+        raise CheckpointError(
+            f"`{name}`: a Qwen2 model with biases or experts, which is not supported"
+        )
+    interleaved = config.get("rope_interleaved", options.rope_interleaved)
+    if interleaved is None:
+        raise CheckpointError(
+            f"`{name}`: says nothing of rope_interleaved, whose default has changed in Nanotron; "
+            "give src.rope_interleaved=true (older) or false"
+        )
+    if options.rope_interleaved is not None and interleaved != options.rope_interleaved:
+        raise CheckpointError(
+            f"`{name}`: rope_interleaved is {interleaved}, but src.rope_interleaved={options.rope_interleaved}"
+        )
+    model = from_hf({**config, "model_type": "llama", "head_dim": None}, str(name))
+    model = replace(
+        model,
+        extras={key: config[key] for key in ("initializer_range", "hidden_act") if key in config},
+    )
+    known, assumed = options.model or common.manifest_model(root), []
+    if known is not None and (known.hidden, known.layers, known.heads) == (
+        model.hidden,
+        model.layers,
+        model.heads,
+    ):
+        model = replace(
+            known, rope_theta=model.rope_theta, norm_eps=model.norm_eps, tied=model.tied
+        )
+        assumed.append("token ids and vocabulary from the config of the model")
+        if model.vocab < rows:
+            assumed.append(f"{rows - model.vocab} rows of vocabulary padding dropped")
+    elif model.vocab != rows:
+        raise CheckpointError(
+            f"`{name}`: vocab_size {model.vocab}, but the embedding's files hold {rows} rows"
+        )
+    if options.tied is not None:
+        model = replace(model, tied=options.tied)
+    return model, bool(interleaved), assumed
+
+
+def _check_files(root: Path, found: Layout, mesh: Mesh) -> None:
+    """Refuse a directory that lacks a file of its topology, or has one that does not belong to it."""
+    stored, expected = set(_stored_files(root)), set(found.files)
+    if missing := sorted(expected - stored):
+        raise CheckpointError(
+            f"`{root / missing[0]}` is missing: {len(missing)} of {len(expected)} files of tp={mesh.tp} pp={mesh.pp}"
+        )
+    if stale := sorted(stored - expected):
+        raise CheckpointError(
+            f"`{root / stale[0]}` does not belong to this model at tp={mesh.tp} pp={mesh.pp} ({len(stale)} such files); "
+            "is it a leftover of another run?"
+        )
+
+
+def side_files(model: ModelConfig, layout: Layout, options: Options) -> dict[str, bytes]:
+    """What Nanotron starts from: weights only, with optimizer and scheduler loading turned off."""
+    rows = _check(model, options)
+    config = model_config(model, rows, bool(options.rope_interleaved))
+    return {
+        "model_config.json": common.dump_json(config),
+        "config.yaml": training_config(model, config, options.axes),
+        "checkpoint_metadata.json": common.dump_json(checkpoint_metadata(options.axes)),
+    }

@@ -1,0 +1,66 @@
+"""What a format needs to know beyond the model: the mesh, and the choices that its files leave open."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reshard.families.model import ModelConfig
+from reshard.layout import Layout, Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Sizes of the mesh axes."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """A topology as its format sees it; None means: decide by the model or by the files.
+
+    `mesh` None (a source only): read from the files. `files` names the file of each parameter, and
+    `stages` the pipeline stage of each parameter, where a checkpoint that exists decides them.
+    `vocab_rows` is the stored vocabulary, padding included. `model` is a config for what the files do not say.
+    """
+
+    mesh: Mesh | None = None
+    embedding_dim: int | None = None
+    max_shard_bytes: int = 5_000_000_000
+    rope_interleaved: bool | None = None
+    vocab_multiple: int | None = None
+    vocab_rows: int | None = None
+    tied: bool | None = None
+    rope_factor: float | None = None
+    model: ModelConfig | None = None
+    files: Mapping[str, str] | None = None
+    stages: Mapping[str, int] | None = None
+
+    @property
+    def axes(self) -> Mesh:
+        """The mesh, or that of a single device."""
+        return self.mesh or Mesh()
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """A checkpoint that exists: its model, its layout, and what was learnt on the way.
+
+    `assumed` are lines on what the files do not say and how it was decided; `left_behind` names what
+    is not carried. `ignored(key)` tells stored tensors that are known to be of no use, and
+    `wrong_metadata(file, metadata)` what is wrong with a header's metadata.
+    """
+
+    model: ModelConfig
+    parameters: tuple[Parameter, ...]
+    layout: Layout
+    root: Path
+    options: Options
+    assumed: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
+    ignored: Callable[[str], bool] = field(default=lambda key: False)
+    wrong_metadata: Callable[[str, Mapping[str, str]], str | None] = field(
+        default=lambda file, metadata: None
+    )

@@ -1,0 +1,417 @@
+"""One job, from its config to the published directory: the one place where formats meet the engine."""
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from isal import isal_zlib
+
+from reshard import commit, families, formats, journal
+from reshard.config import JobConfig, Side
+from reshard.distributed import Ranks
+from reshard.engine import Check, Counters, Engine, round_bytes
+from reshard.errors import CheckpointError, ConfigError
+from reshard.families.model import ModelConfig
+from reshard.formats import common
+from reshard.formats.options import Options, Scan
+from reshard.journal import Journal, Record
+from reshard.layout import Layout, check_same_parameters, whole
+from reshard.plan import Plan
+from reshard.replicas import compare
+from reshard.report import Figures, Progress, Report, memory_of
+from reshard.storage import Files, allocated_bytes, require_space
+from reshard.workspace import State, Workspace, require_apart, require_shared
+
+CODE_VERSION = "1"
+CHECK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that is known of a job before a byte moves. `scan` None: the source is only imagined."""
+
+    config: JobConfig
+    model: ModelConfig
+    source: Layout
+    target: Layout
+    target_format: formats.Format
+    target_options: Options
+    target_model: ModelConfig
+    scan: Scan | None
+    notes: tuple[str, ...] = ()
+
+    def plan(self, world: int) -> Plan:
+        """The plan for `world` ranks."""
+        engine = self.config.engine
+        return Plan(self.source, self.target, world, engine.exchange, engine.writers)
+
+
+def open_source(side: Side, name: str = "src") -> Scan:
+    """Scan a checkpoint that exists; its format is detected where the config does not say it."""
+    if side.path is None:
+        raise ConfigError(f"{name}.path: which checkpoint? give {name}.path=DIR")
+    if not side.path.is_dir():
+        raise CheckpointError(f"`{side.path}`: no such directory ({name}.path)")
+    found = formats.named(side.format) if side.format else formats.detect(side.path)
+    return found.scan(side.path, side.options)
+
+
+def prepare(config: JobConfig) -> Prepared:
+    """Scan or imagine the source, lay out the target, and refuse what cannot be."""
+    source = config.source
+    scan = open_source(source) if source.path is not None else None
+    if scan is not None:
+        model, parameters, layout = scan.model, scan.parameters, scan.layout
+        notes = tuple(f"source: {line}" for line in scan.assumed)
+    else:
+        if source.options.model is None or source.format is None:
+            raise ConfigError(
+                "src.path: which checkpoint? give src.path=DIR, or src.model=NAME to plan without one"
+            )
+        model, notes = source.options.model, ()
+        parameters = tuple(families.parameters(model))
+        layout = formats.named(source.format).layout(parameters, model, source.options)
+    target_format, options, dtype = _target(config)
+    target_model = model
+    if dtype is not None:
+        parameters = tuple(replace(parameter, dtype=dtype) for parameter in parameters)
+        target_model = replace(model, dtype=str(dtype).removeprefix("torch."))
+    target = target_format.layout(parameters, target_model, options)
+    check_same_parameters(layout, target)
+    notes += tuple(f"target: {line}" for line in target_format.notes(target_model, options))
+    if scan is not None and scan.left_behind:
+        notes += (f"left behind: {', '.join(scan.left_behind)} (weights only are moved)",)
+    return Prepared(
+        config, model, layout, target, target_format, options, target_model, scan, notes
+    )
+
+
+def _target(config: JobConfig) -> tuple[formats.Format, Options, torch.dtype | None]:
+    """The target's format, options and dtype; `dst.like` gives those of a sample checkpoint."""
+    side = config.target
+    if config.like is None:
+        if side.format is None:
+            raise ConfigError(
+                "--dst: which layout? name a topology such as tp4, meta8 or hf, or give dst.like=DIR"
+            )
+        return formats.named(side.format), side.options, side.dtype
+    if not config.like.is_dir():
+        raise CheckpointError(f"`{config.like}`: no such directory (dst.like)")
+    sample = formats.detect(config.like)
+    scan = sample.scan(config.like, Options())
+    if side.format not in (None, sample.NAME):
+        raise ConfigError(
+            f"dst.like: `{config.like}` is {scan.layout.name}, but --dst says {side.format}"
+        )
+    taken = replace(
+        side.options,
+        mesh=scan.options.mesh,
+        embedding_dim=scan.options.embedding_dim
+        if side.options.embedding_dim is None
+        else side.options.embedding_dim,
+        rope_interleaved=scan.options.rope_interleaved,
+    )
+    return sample, taken, scan.parameters[0].dtype
+
+
+def job_digest(prepared: Prepared, plan: Plan) -> str:
+    """What makes a job this job: layouts, block table, source files with sizes and times, code version."""
+    record = hashlib.sha256(plan.table_digest().encode())
+    scan = prepared.scan
+    for file in scan.layout.files if scan else ():
+        status = os.stat(scan.root / file) if scan else None
+        record.update(
+            repr((file, status and status.st_size, status and status.st_mtime_ns)).encode()
+        )
+    options = prepared.target_options
+    chosen = (
+        options.rope_interleaved,
+        options.vocab_multiple,
+        prepared.target.files,
+        prepared.target_model,
+    )
+    record.update(repr((CODE_VERSION, chosen)).encode())
+    return record.hexdigest()
+
+
+def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], None]) -> Report:
+    """Do the whole job on all ranks; the report is complete on rank 0."""
+    begun, import_rss = time.monotonic(), memory_of("VmRSS")
+    ranks.phase("plan")
+    prepared = ranks.together(lambda: prepare(config))
+    if config.target.path is None:
+        raise ConfigError("dst.path: where to? give dst.path=DIR")
+    scan = prepared.scan
+    if scan is None:
+        raise ConfigError("src.path: which checkpoint? give src.path=DIR")
+    require_apart(scan.root, config.target.path)
+    ranks.together(lambda: common.check_headers(scan, scan.layout.files[ranks.rank :: ranks.world]))
+    plan = prepared.plan(ranks.world)
+    capacity = round_bytes(config.engine.memory, plan)
+    digest = job_digest(prepared, plan)
+    ranks.agree("plan", plan.digest(digest))
+    for line in prepared.notes if ranks.rank == 0 else ():
+        say(line)
+    return _Run(
+        prepared,
+        plan,
+        ranks,
+        Workspace(config.target.path, digest),
+        capacity,
+        say,
+        begun,
+        import_rss,
+    ).go(force=force)
+
+
+@dataclass
+class _Run:
+    """A job under way on one rank."""
+
+    prepared: Prepared
+    plan: Plan
+    ranks: Ranks
+    workspace: Workspace
+    capacity: int
+    say: Callable[[str], None]
+    begun: float
+    import_rss: int
+
+    def go(self, *, force: bool) -> Report:
+        """Lock, move, commit, publish."""
+        ranks, seconds = (
+            self.ranks,
+            {"plan": time.monotonic() - self.begun, "move": 0.0, "commit": 0.0},
+        )
+        counters = Counters()
+        warnings: list[str] = []
+        with contextlib.ExitStack() as stack:
+            ranks.together(lambda: stack.enter_context(self._locked()))
+            state = ranks.gather(ranks.together(lambda: self._begin(force)))[0] or State.DONE
+            if state is not State.DONE:
+                moved = time.monotonic()
+                places = commit.TargetPlaces(self.plan.target)
+                counters, warnings = self._move(places, state)
+                seconds["move"], committing = time.monotonic() - moved, time.monotonic()
+                counters.written += self._commit(places)
+                seconds["commit"] = time.monotonic() - committing
+        return self._report(state, seconds, counters, warnings)
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        """The lock of the target, which rank 0 holds for all."""
+        return self.workspace.locked() if self.ranks.rank == 0 else contextlib.nullcontext()
+
+    def _begin(self, force: bool) -> State | None:
+        """Rank 0 looks at the target and makes the partial directory."""
+        if self.ranks.rank != 0:
+            return None
+        path = self.workspace.target
+        size = commit.TargetPlaces(self.plan.target).size()
+        state = self.workspace.begin(force=force)
+        if state is not State.DONE:
+            require_space(path.parent, size, allocated_bytes(self.workspace.data))
+        return state
+
+    def _own_files(self) -> tuple[str, ...]:
+        """The target files that this rank lays out and finishes."""
+        return self.plan.target.files[self.ranks.rank :: self.ranks.world]
+
+    def _move(self, places: commit.TargetPlaces, state: State) -> tuple[Counters, list[str]]:
+        """Lay out the files, go through the rounds, and compare what the source holds more than once."""
+        ranks, workspace, prepared = self.ranks, self.workspace, self.prepared
+        ranks.together(lambda: require_shared(workspace.data, ranks.rank))
+        written = commit.lay_out(workspace.data, self.plan.target, places, self._own_files())
+        attempt = journal.next_attempt(workspace.journals)
+        done = self._resume(state)
+        ranks.barrier("files laid out")
+        assert prepared.scan is not None
+        reading = Files(prepared.scan.root, os.O_RDONLY)
+        writing = Files(workspace.data, os.O_WRONLY)
+        crossing = ranks.world > 1 and self.plan.exchange == "collective"
+        with Journal(workspace.journals, attempt, ranks.rank) as records:
+            engine = Engine(
+                self.plan,
+                ranks.rank,
+                capacity=self.capacity,
+                source=(reading, commit.SourcePlaces(prepared.scan.root)),
+                target=(writing, places),
+                exchange=ranks if crossing else None,
+                journal=records,
+                done=done,
+                pinned=ranks.cuda,
+            )
+            ranks.phase("move")
+            with Progress(self._share(), ranks.rank == 0, ranks.step) as progress:
+                engine.run(progress.add)
+        reading.close()
+        writing.close()
+        engine.counters.written += written
+        ranks.barrier("moved")
+        return engine.counters, self._compare(engine.checks)
+
+    def _share(self) -> int:
+        """Bytes of the blocks that this rank goes through: in collective mode those of all ranks."""
+        places = self.plan.target.places.values()
+        total = sum(
+            whole(slots[0].placement.shape).numel * slots[0].dtype.itemsize for slots in places
+        )
+        return total if self.plan.exchange == "collective" else total // self.ranks.world
+
+    def _resume(self, state: State) -> dict[tuple[int, int], int]:
+        """The runs that earlier attempts wrote and that are still intact, checked by all ranks together."""
+        if state is not State.RESUMED:
+            return {}
+        latest = {
+            (record.file, record.offset): record for record in journal.read(self.workspace.journals)
+        }
+        records = sorted(latest.values(), key=lambda record: (record.file, record.offset))
+        own = {
+            (r.file, r.offset): r.crc
+            for r in records[self.ranks.rank :: self.ranks.world]
+            if self._intact(r)
+        }
+        self.ranks.phase("resume")
+        return {key: crc for part in self.ranks.gather(own) for key, crc in part.items()}
+
+    def _intact(self, record: Record) -> bool:
+        """Whether a journalled run still has its checksum."""
+        if record.file >= len(self.plan.target.files):
+            return False
+        path, crc = self.workspace.data / self.plan.target.files[record.file], 0
+        with open(path, "rb", buffering=0) as file:
+            for start in range(0, record.length, CHECK_BYTES):
+                data = os.pread(
+                    file.fileno(), min(CHECK_BYTES, record.length - start), record.offset + start
+                )
+                crc = isal_zlib.crc32(data, crc)
+        return crc == record.crc
+
+    def _compare(self, checks: list[Check]) -> list[str]:
+        """Compare copies; copies that must agree and do not make the whole result worthless."""
+        scan = self.prepared.scan
+        assert scan is not None
+        found = [check for part in self.ranks.gather(checks) for check in part]
+        strict = self.prepared.config.strict_replicas
+        try:
+            warnings = self.ranks.together(
+                lambda: compare(found, scan.root, strict=strict) if self.ranks.rank == 0 else []
+            )
+        except CheckpointError:
+            if self.ranks.rank == 0:
+                self.workspace.discard()
+            raise
+        for line in warnings:
+            self.say(f"warning: {line}")
+        return warnings
+
+    def _commit(self, places: commit.TargetPlaces) -> int:
+        """Finish the files of this rank; rank 0 adds the small ones and publishes. Returns the small bytes."""
+        ranks, fsync = self.ranks, self.prepared.config.engine.fsync
+        ranks.phase("commit")
+        finished = ranks.together(lambda: self._finish_files(places, fsync))
+        parts = ranks.gather(finished)
+        small = 0
+        if ranks.rank == 0:
+            small = self._publish(
+                {name: record for part in parts for name, record in part.items()}, fsync
+            )
+        ranks.barrier("published")
+        return small
+
+    def _finish_files(
+        self, places: commit.TargetPlaces, fsync: bool
+    ) -> dict[str, dict[str, object]]:
+        """Prove, patch and sync the files of this rank; their records for the manifest."""
+        files = self.plan.target.files
+        own = {
+            file: number
+            for number, file in enumerate(files)
+            if number % self.ranks.world == self.ranks.rank
+        }
+        by_file: dict[int, dict[int, Record]] = {number: {} for number in own.values()}
+        for record in journal.read(self.workspace.journals):
+            if record.file in by_file:
+                by_file[record.file][record.offset] = record
+        records = {}
+        for file, number in own.items():
+            self.ranks.step()
+            extents = commit.finish_file(
+                self.workspace.data,
+                self.plan.target,
+                file,
+                places.skeleton(file),
+                by_file[number].values(),
+                fsync=fsync,
+            )
+            records[file] = commit.file_record(extents)
+        return records
+
+    def _publish(self, records: dict[str, dict[str, object]], fsync: bool) -> int:
+        """Write the small files and the manifest, and give the directory its name."""
+        prepared, scan = self.prepared, self.prepared.scan
+        assert scan is not None
+        known = sorted({name for known in formats.formats().values() for name in known.ASSETS})
+        assets = commit.carried(scan.root, known, prepared.target_format.ASSETS)
+        texts = {name: path.read_bytes() for name, path in assets.items()}
+        made = prepared.target_format.side_files(
+            prepared.target_model, prepared.target, prepared.target_options
+        )
+        texts = {**made, **texts}
+        body = {
+            "job": self.workspace.digest,
+            "source": {
+                "layout": prepared.source.name,
+                "files": len(prepared.source.files),
+                "bytes": prepared.source.total_bytes(),
+            },
+            "target": {"layout": prepared.target.name, "format": prepared.target_format.NAME},
+            "model": prepared.target_model.to_json(),
+            "notes": list(prepared.notes),
+            "left_behind": list(scan.left_behind),
+            "libraries": library_versions(),
+            "files": {
+                **records,
+                **{name: commit.small_record(data) for name, data in texts.items()},
+            },
+        }
+        texts = {**texts, common.MANIFEST: commit.manifest(body)}
+        commit.write_texts(self.workspace.data, texts, fsync=fsync)
+        if fsync:
+            commit.sync_directories(self.workspace.data)
+        self.workspace.publish(fsync=fsync)
+        return sum(map(len, texts.values()))
+
+    def _report(
+        self, state: State, seconds: dict[str, float], counters: Counters, warnings: list[str]
+    ) -> Report:
+        """Gather what every rank has to say."""
+        seconds["total"] = time.monotonic() - self.begun
+        self.ranks.phase("report")
+        mine = Figures(counters, memory_of("VmHWM"), self.import_rss)
+        path = self.workspace.target
+        return Report(
+            plan=self.plan,
+            target=path,
+            state=state.value,
+            seconds=seconds,
+            ranks=self.ranks.gather(mine),
+            file_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            notes=self.prepared.notes,
+            warnings=warnings,
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the program and of the libraries that shape its output."""
+    found = {}
+    for name in ("reshard", "torch", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,434 @@
+"""Who reads, sends and writes what: a pure function of two layouts and the number of ranks.
+
+A block is whole rows of one parameter (whole heads where rows belong to rotary heads): the unit of work.
+A piece is the part of a block that one target tensor holds: the unit that is written, journalled and
+checksummed. Every rank computes the same plan; none is sent anywhere, and blocks are expanded as they
+are needed.
+"""
+
+import hashlib
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import accumulate
+
+from reshard.errors import ConfigError
+from reshard.layout import Layout, Region, Slot, StoredTensor, disjoint, whole
+
+MAX_BLOCK_BYTES = 4 << 20
+MIN_BLOCK_BYTES = 4 << 10
+BLOCKS_AIMED_AT = 1024
+TIE_PERIOD = 8
+EXCHANGES = ("collective", "direct")
+WRITERS = ("nearest", "owner")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Whole rows of one parameter; `ordinal` is what dealing and tie-breaking rotate by."""
+
+    parameter: str
+    region: Region
+    ordinal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A box that `reader` holds in `stored`, and `writer` needs."""
+
+    reader: int
+    writer: int
+    region: Region
+    stored: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """All that happens to one block: which rank reads, which writes, and what crosses between ranks."""
+
+    block: Block
+    reads: tuple[tuple[int, StoredTensor], ...]
+    pieces: tuple[tuple[int, StoredTensor], ...]
+    messages: tuple[Message, ...]
+
+
+@dataclass(slots=True)
+class Load:
+    """Bytes of one rank."""
+
+    read: int = 0
+    sent: int = 0
+    received: int = 0
+    written: int = 0
+
+    def add(self, other: "Load") -> None:
+        """Count `other` in."""
+        self.read += other.read
+        self.sent += other.sent
+        self.received += other.received
+        self.written += other.written
+
+    def largest(self) -> int:
+        """The largest of the four."""
+        return max(self.read, self.sent, self.received, self.written)
+
+
+@lru_cache(maxsize=256)
+def row_bounds(
+    rows: int, rows_per_block: int, grain: int, cuts: frozenset[tuple[int, int]]
+) -> tuple[int, ...]:
+    """Where blocks of a parameter begin, and its end: at most `rows_per_block` rows, multiples of `grain`.
+
+    Blocks end where a shard of either layout ends (`cuts`: step and size of cuts along dim 0), so that a
+    block's rows have one home, unless that would cut a head.
+    """
+    edges = {0, rows}
+    for step, size in cuts:
+        edges.update(edge for edge in range(step, min(size, rows), step) if edge % grain == 0)
+    ordered = sorted(edges)
+    bounds = [0]
+    for start, stop in zip(ordered, ordered[1:], strict=False):
+        units = -(-(stop - start) // grain)
+        count = -(-units * grain // max(rows_per_block, grain))
+        bounds += [min(stop, start + units * part // count * grain) for part in range(1, count + 1)]
+    return tuple(bounds)
+
+
+def _block_bytes(total: int) -> int:
+    """The block size for a model of `total` bytes: 4 MiB, or less for a small model."""
+    return min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, 1 << (total // BLOCKS_AIMED_AT).bit_length()))
+
+
+def deal(coordinates: int, world: int) -> tuple[tuple[int, ...], ...]:
+    """For each coordinate, the ranks that its blocks are dealt out over."""
+    if coordinates >= world:
+        return tuple((coordinate % world,) for coordinate in range(coordinates))
+    return tuple(tuple(range(coordinate, world, coordinates)) for coordinate in range(coordinates))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole job for `world` ranks. `readers` and `owners` list the ranks of each mesh coordinate."""
+
+    source: Layout
+    target: Layout
+    world: int
+    exchange: str = "collective"
+    writers: str = "nearest"
+    readers: tuple[tuple[int, ...], ...] = field(default=())
+    owners: tuple[tuple[int, ...], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.exchange not in EXCHANGES or self.writers not in WRITERS:
+            raise ConfigError(
+                f"engine: unknown exchange `{self.exchange}` or writers `{self.writers}`"
+            )
+        if self.exchange == "direct" and self.writers == "owner":
+            raise ConfigError(
+                "engine.writers=owner needs engine.exchange=collective: in direct mode the rank that reads a block "
+                "writes it"
+            )
+        object.__setattr__(
+            self, "readers", self.readers or deal(self.source.coordinates, self.world)
+        )
+        object.__setattr__(self, "owners", self.owners or deal(self.target.coordinates, self.world))
+
+    # Block table: depends on the two layouts only.
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All parameters, in the source's order."""
+        return tuple(self.source.places)
+
+    @cached_property
+    def _number(self) -> Mapping[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """The size that blocks are cut to, in bytes of the wider of the two dtypes."""
+        return _block_bytes(sum(sum(pair) for pair in self._volumes))
+
+    @cached_property
+    def _volumes(self) -> tuple[tuple[int, int], ...]:
+        """For each parameter, the bytes read and the bytes written for it, copies counted."""
+        return tuple(
+            (_volume(self.source.places[name]), _volume(self.target.places[name]))
+            for name in self.names
+        )
+
+    def row_bounds(self, parameter: str) -> tuple[int, ...]:
+        """The rows at which the blocks of `parameter` begin, and its end."""
+        slots = self.source.places[parameter] + self.target.places[parameter]
+        shape = slots[0].placement.shape
+        row_numel = whole(shape[1:]).numel
+        itemsize = max(slot.dtype.itemsize for slot in slots)
+        grain = max(1, *(slot.placement.interleaved for slot in slots))
+        rows = max(1, self.block_bytes // (row_numel * itemsize) // grain) * grain
+        cuts = frozenset(
+            (slot.placement.cut.step, slot.placement.cut.size)
+            for slot in slots
+            if slot.placement.cut.dim == 0
+        )
+        return row_bounds(shape[0], rows, grain, cuts)
+
+    def blocks(self, parameter: str) -> Iterator[Block]:
+        """The blocks of `parameter`, in row order."""
+        tail = self.source.places[parameter][0].placement.shape[1:]
+        origin, first = (0,) * len(tail), self._ordinals[self._number[parameter]]
+        bounds = self.row_bounds(parameter)
+        for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            yield Block(parameter, Region((start, *origin), (stop, *tail)), first + index)
+
+    @cached_property
+    def _ordinals(self) -> tuple[int, ...]:
+        """The ordinal of each parameter's first block, and the number of all blocks."""
+        return tuple(accumulate((len(self.row_bounds(name)) - 1 for name in self.names), initial=0))
+
+    def block_count(self) -> int:
+        """How many blocks the whole job has."""
+        return self._ordinals[-1]
+
+    # Who does what.
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        """Direct mode deals contiguous stretches of bytes: where each parameter begins, and the end."""
+        return tuple(accumulate((sum(pair) for pair in self._volumes), initial=0))
+
+    def _dealt(self, block: Block) -> int:
+        """The rank that a block is dealt to in direct mode."""
+        number = self._number[block.parameter]
+        rows = self.source.places[block.parameter][0].placement.shape[0]
+        weight = sum(self._volumes[number])
+        middle = self._starts[number] * 2 * rows + weight * (
+            block.region.start[0] + block.region.stop[0]
+        )
+        return min(self.world - 1, middle * self.world // (self._starts[-1] * 2 * rows))
+
+    def reader(self, block: Block, stored: StoredTensor) -> int:
+        """The rank that reads `stored` for `block`."""
+        if self.exchange == "direct":
+            return self._dealt(block)
+        ranks = self.readers[stored.coordinate]
+        return ranks[block.ordinal % len(ranks)]
+
+    def _writer(
+        self, block: Block, piece: StoredTensor, reads: Sequence[tuple[int, StoredTensor]]
+    ) -> int:
+        """The rank that writes `piece`: the block's, the coordinate's, or the one that holds most of it."""
+        if self.exchange == "direct":
+            return self._dealt(block)
+        if self.writers == "owner":
+            ranks = self.owners[piece.coordinate]
+            return ranks[block.ordinal % len(ranks)]
+        held: dict[int, int] = {}
+        for rank, stored in reads:
+            common = stored.region & piece.region if stored.copy == 0 else None
+            if common is not None:
+                held[rank] = held.get(rank, 0) + common.numel
+        most = max(held.values())
+        best = [rank for rank, numel in held.items() if numel == most]
+        return best[(block.ordinal % TIE_PERIOD + piece.shard) % len(best)]
+
+    def move(self, block: Block) -> Move:
+        """Expand one block."""
+        reads = tuple(
+            (self.reader(block, stored), stored)
+            for stored in self.source.tensors_on(block.parameter, block.region)
+        )
+        pieces = tuple(
+            (self._writer(block, piece, reads), piece)
+            for piece in self.target.tensors_on(block.parameter, block.region)
+        )
+        return Move(block, reads, pieces, tuple(_messages(reads, pieces)))
+
+    # The order of work.
+
+    def moves(self, rank: int) -> Iterator[Move]:
+        """What `rank` has to go through: in collective mode all moves, in direct mode its own."""
+        if self.exchange == "direct":
+            first = max(0, bisect_right(self._starts, self._starts[-1] * rank // self.world) - 1)
+            last = bisect_left(self._starts, -(-self._starts[-1] * (rank + 1) // self.world))
+            names: Iterable[str] = self.names[first:last]
+            return (
+                self.move(block)
+                for name in names
+                for block in self.blocks(name)
+                if self._dealt(block) == rank
+            )
+        return (
+            self.move(block) for name in self._interleaved() for block in self._shards_in_turn(name)
+        )
+
+    def _interleaved(self) -> list[str]:
+        """Parameters such that consecutive ones belong to different pipeline stages, each stage in order."""
+        stages: dict[int, list[tuple[int, str]]] = {}
+        totals: dict[int, int] = {}
+        for name, (read, _) in zip(self.names, self._volumes, strict=True):
+            stage = self.source.places[name][0].coordinate
+            totals[stage] = totals.get(stage, 0) + read
+            stages.setdefault(stage, []).append((totals[stage], name))
+        keyed = [
+            (done / totals[stage], stage, place, name)
+            for stage, members in stages.items()
+            for place, (done, name) in enumerate(members)
+        ]
+        return [name for *_, name in sorted(keyed)]
+
+    def _shards_in_turn(self, parameter: str) -> list[Block]:
+        """The blocks of a parameter, one of each source shard in turn, so that all readers are busy."""
+        cut = self.source.places[parameter][0].placement.cut
+        if cut.dim != 0 or cut.parts == cut.copies:
+            return list(self.blocks(parameter))
+        seen: dict[int, int] = {}
+        keyed = []
+        for block in self.blocks(parameter):
+            shard = block.region.start[0] // cut.step
+            seen[shard] = seen.get(shard, 0) + 1
+            keyed.append((seen[shard], shard, block))
+        return [block for *_, block in sorted(keyed, key=lambda item: item[:2])]
+
+    def rounds(self, rank: int, capacity: int, align: int) -> Iterator[list[Move]]:
+        """Moves in groups for which no rank reads, sends, receives or writes more than `capacity` bytes.
+
+        Each part is counted rounded up to `align` bytes. All ranks get the same rounds in collective mode.
+        """
+        group: list[Move] = []
+        loads: dict[int, Load] = {}
+        for move in self.moves(rank):
+            added = loads_of(move, align)
+            for member, load in added.items():
+                total = Load()
+                total.add(load)
+                total.add(loads.get(member, Load()))
+                if group and total.largest() > capacity:
+                    yield group
+                    group, loads = [], {}
+                    break
+            group.append(move)
+            for member, load in added.items():
+                loads.setdefault(member, Load()).add(load)
+        if group:
+            yield group
+
+    # What it comes to.
+
+    def totals(self) -> dict[int, Load]:
+        """Bytes of every rank over the whole job, without alignment."""
+        totals = {rank: Load() for rank in range(self.world)}
+        known: dict[object, dict[int, Load]] = {}
+        for name in self.names:
+            key = self._signature(name)
+            loads = known.get(key) if key is not None else None
+            if loads is None:
+                loads = known[key] = self._loads(name)
+            for rank, load in loads.items():
+                totals[rank].add(load)
+        return totals
+
+    def _loads(self, parameter: str) -> dict[int, Load]:
+        """Loads of all blocks of one parameter."""
+        loads: dict[int, Load] = {}
+        for block in self.blocks(parameter):
+            for rank, load in loads_of(self.move(block), 1).items():
+                loads.setdefault(rank, Load()).add(load)
+        return loads
+
+    def _signature(self, name: str) -> object:
+        """What the loads of a parameter depend on besides its name; None where it is like no other."""
+        number = self._number[name]
+        slots = self.source.places[name], self.target.places[name]
+        if self.exchange == "direct":
+            first, last = self._starts[number], self._starts[number + 1] - 1
+            rank = first * self.world // self._starts[-1]
+            alone = rank == last * self.world // self._starts[-1]
+            return (rank, _geometry(slots[0]), _geometry(slots[1])) if alone else None
+        period = math.lcm(TIE_PERIOD, *(len(ranks) for ranks in (*self.readers, *self.owners)))
+        homes = slots[0][0].coordinate, slots[1][0].coordinate if self.writers == "owner" else None
+        return self._ordinals[number] % period, homes, _geometry(slots[0]), _geometry(slots[1])
+
+    def least_capacity(self, align: int) -> int:
+        """The largest load that any single block puts on a rank: no round can be smaller."""
+        alike = {
+            (_geometry(self.source.places[name]), _geometry(self.target.places[name])): name
+            for name in self.names
+        }
+        return max(
+            load.largest()
+            for name in alike.values()
+            for block in self.blocks(name)
+            for load in loads_of(self.move(block), align).values()
+        )
+
+    def digest(self, job: str) -> str:
+        """What all ranks must agree on before a byte moves; `job` is the digest of the job."""
+        parts = (job, self.world, self.exchange, self.writers, self.readers, self.owners)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def table_digest(self) -> str:
+        """A digest of the two layouts and the block table, independent of ranks and mode."""
+        record = hashlib.sha256()
+        for layout in (self.source, self.target):
+            record.update(repr((layout.container, layout.slots, layout.constants)).encode())
+        record.update(repr([self.row_bounds(name) for name in self.names]).encode())
+        return record.hexdigest()
+
+
+def _geometry(slots: Sequence[Slot]) -> object:
+    """The places of a parameter without their names."""
+    return tuple(
+        (slot.placement, slot.dtype, slot.coordinate - slots[0].coordinate) for slot in slots
+    )
+
+
+def _volume(slots: Sequence[Slot]) -> int:
+    """Bytes of all places of one parameter."""
+    total = 0
+    for slot in slots:
+        cut = slot.placement.cut
+        elsewhere = whole(slot.placement.shape).numel // max(cut.size, 1)
+        sizes = (stop - start for start, stop in map(cut.bounds, range(cut.parts)))
+        total += sum(sizes) * elsewhere * slot.dtype.itemsize
+    return total
+
+
+def _messages(
+    reads: Sequence[tuple[int, StoredTensor]], pieces: Sequence[tuple[int, StoredTensor]]
+) -> Iterator[Message]:
+    """What each writer needs of what other ranks read, each element once."""
+    needed: dict[int, list[Region]] = {}
+    for writer, piece in pieces:
+        needed.setdefault(writer, []).append(piece.region)
+    for writer, regions in needed.items():
+        foreign = [(rank, stored) for rank, stored in reads if rank != writer and stored.copy == 0]
+        for box in disjoint(regions) if foreign else ():
+            for reader, stored in foreign:
+                common = stored.region & box
+                if common is not None:
+                    yield Message(reader, writer, common, stored)
+
+
+def wire_itemsize(message: Message, target: StoredTensor) -> int:
+    """Bytes per element on the wire: the narrower of the two dtypes."""
+    return min(message.stored.dtype.itemsize, target.dtype.itemsize)
+
+
+def loads_of(move: Move, align: int) -> dict[int, Load]:
+    """The bytes that one move puts on each rank it concerns, each part rounded up to `align`."""
+    loads: dict[int, Load] = {}
+
+    def up(nbytes: int) -> int:
+        return -(-nbytes // align) * align
+
+    for rank, stored in move.reads:
+        loads.setdefault(rank, Load()).read += up(stored.nbytes)
+    for rank, piece in move.pieces:
+        loads.setdefault(rank, Load()).written += up(piece.nbytes)
+    for message in move.messages:
+        nbytes = up(message.region.numel * wire_itemsize(message, move.pieces[0][1]))
+        loads.setdefault(message.reader, Load()).sent += nbytes
+        loads.setdefault(message.writer, Load()).received += nbytes
+    return loads

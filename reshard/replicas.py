@@ -1,0 +1,89 @@
+"""What a source holds more than once: whether the copies agree, and by how much they do not."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from reshard import containers
+from reshard.engine import Check
+from reshard.errors import CheckpointError
+from reshard.layout import Region, StoredTensor, row_major
+from reshard.packing import copies, packed, plain
+from reshard.storage import read_bytes
+
+Pair = tuple[Check, Check]
+
+
+def compare(checks: Sequence[Check], root: Path, *, strict: bool) -> list[str]:
+    """Warnings on copies that differ where they may; where they must not, a CheckpointError.
+
+    `strict` refuses any difference. Differences are measured by reading the differing tensors again.
+    """
+    pairs = differing(checks)
+    forbidden = [pair for pair in pairs if strict or pair[1].stored.slot.strict]
+    if forbidden:
+        raise CheckpointError(_refusal(forbidden, strict=strict))
+    if not pairs:
+        return []
+    tensors = {(copy.stored.file, copy.stored.key) for _, copy in pairs}
+    largest = max(difference(root, first, copy) for first, copy in pairs)
+    names = {copy.stored.key for _, copy in pairs}
+    first = min(
+        pairs, key=lambda pair: (pair[1].stored.file, pair[1].parameter != pairs[0][1].parameter)
+    )[1].stored
+    return [
+        f"{len(tensors)} copies of {len(names)} replicated tensors differ from the first coordinate's, which is taken; "
+        f"largest difference {largest:g}, first `{first.key}` in `{first.file}` (src.replicas=strict refuses this)"
+    ]
+
+
+def differing(checks: Sequence[Check]) -> list[Pair]:
+    """Pairs of the same box, first place and further place, whose checksums differ, in the order of the checks."""
+    table: dict[tuple[str, Region, int], dict[int, Check]] = {}
+    for check in checks:
+        table.setdefault((check.parameter, check.region, check.of), {})[check.copy] = check
+    found = []
+    for (_, _, place), members in table.items():
+        if members[0].crc != members[place].crc:
+            found.append((members[0], members[place]))
+    return found
+
+
+def _refusal(pairs: Sequence[Pair], *, strict: bool) -> str:
+    """One line on copies that differ and must not."""
+    copy, first = pairs[0][1].stored, pairs[0][0].stored
+    what = (
+        f"`{copy.file}`: tensor `{copy.key}` differs from its copy `{first.key}` in `{first.file}`"
+    )
+    if copy.slot.parameter != first.slot.parameter or copy.key != first.key:
+        return f"{what}, but the model config says they are tied; src.tied=false keeps both"
+    remedy = (
+        "src.replicas=first takes the first coordinate's"
+        if strict
+        else "the heads are stored more than once and must agree"
+    )
+    return f"{what} ({len(pairs)} such differences); {remedy}"
+
+
+def difference(root: Path, first: Check, copy: Check) -> float:
+    """The largest absolute difference between two copies of a box; NaN where either holds one."""
+    one, other = (_values(root, check.stored, check.region) for check in (first, copy))
+    return float((one - other).abs().max())
+
+
+def _values(root: Path, stored: StoredTensor, box: Region) -> torch.Tensor:
+    """The values of a box of a stored tensor, as float32."""
+    entry = containers.index(root / stored.file).entries[stored.key]
+    odd = entry.strides if entry.strides != row_major(entry.shape) else None
+    part = packed(stored.slot.placement, stored.shard, box, odd)
+    size = entry.dtype.itemsize
+    data = b"".join(
+        read_bytes(root / stored.file, entry.offset + start * size, count * size)
+        for start, count in part.runs
+    )
+    flat = torch.frombuffer(bytearray(data), dtype=entry.dtype)
+    values = torch.empty(box.numel, dtype=torch.float32)
+    for move in copies(part, plain(box), box):
+        move.run(flat, 0, values, 0)
+    return values

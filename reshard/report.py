@@ -1,0 +1,217 @@
+"""What a person sees: progress, the plan as a table, the last line, and the JSON report."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from reshard.engine import Counters
+from reshard.plan import Load, Plan
+
+if TYPE_CHECKING:
+    from reshard.job import Prepared
+
+LINE_SECONDS = 10.0
+FILES_SHOWN = 16
+
+
+def memory_of(field: str) -> int:
+    """A memory figure of this process in bytes, by its name in /proc/self/status (VmHWM, VmRSS)."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:,.1f} TB" if nbytes >= 1000 else f"{nbytes:.3g} TB"
+
+
+class Progress:
+    """A bar on a terminal, a line every 10 s elsewhere, nothing on ranks that are not shown.
+
+    `on_step` is called at every step, to say that this rank gets on.
+    """
+
+    def __init__(self, total: int, shown: bool, on_step: Callable[[], None]) -> None:
+        self._total, self._shown, self._on_step = total, shown, on_step
+        self._done, self._begun = 0, time.monotonic()
+        self._next = self._begun + LINE_SECONDS
+        terminal = shown and sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=total, unit="B", unit_scale=True, desc="moving") if terminal else None
+        )
+
+    def add(self, nbytes: int) -> None:
+        """Count `nbytes` more."""
+        self._on_step()
+        self._done += nbytes
+        if self._bar is not None:
+            self._bar.update(nbytes)
+        elif self._shown and time.monotonic() >= self._next:
+            self._next += LINE_SECONDS
+            passed = time.monotonic() - self._begun
+            left = passed * (self._total - self._done) / max(self._done, 1)
+            speed = size_text(self._done / passed)
+            share = 100 * self._done // max(self._total, 1)
+            print(
+                f"moving: {share}% of {size_text(self._total)}, {speed}/s, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one rank gathered: bytes moved, and its memory in bytes at the peak and before the job."""
+
+    counters: Counters
+    peak_rss: int
+    import_rss: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a job ended: `ranks` by rank, `file_bytes` the size of all target files."""
+
+    plan: Plan
+    target: Path
+    state: str
+    seconds: Mapping[str, float]
+    ranks: Sequence[Figures]
+    file_bytes: int
+    notes: Sequence[str]
+    warnings: Sequence[str]
+
+    def to_json(self) -> str:
+        """The report file. The bounds are those of the plan, not of what was done."""
+        plan, counters = self.plan, [figures.counters for figures in self.ranks]
+        record = {
+            "source": plan.source.name,
+            "target": plan.target.name,
+            "state": self.state,
+            "world": plan.world,
+            "exchange": plan.exchange,
+            "writers": plan.writers,
+            "seconds": dict(self.seconds),
+            "bytes": {
+                "read": sum(counter.read for counter in counters),
+                "read_bound": plan.source.total_bytes(),
+                "exchanged": sum(counter.exchanged for counter in counters),
+                "exchanged_bound": sum(load.sent for load in plan.totals().values()),
+                "written": sum(counter.written for counter in counters),
+                "written_bound": self.file_bytes,
+                "resumed": sum(counter.resumed for counter in counters),
+            },
+            "peak_rss": {str(rank): figures.peak_rss for rank, figures in enumerate(self.ranks)},
+            "import_rss": {
+                str(rank): figures.import_rss for rank, figures in enumerate(self.ranks)
+            },
+            "balance": {
+                "read": balance([counter.read for counter in counters]),
+                "write": balance([counter.written for counter in counters]),
+            },
+            "blocks": plan.block_count(),
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+        }
+        return json.dumps(record, indent=2) + "\n"
+
+    def last_line(self) -> str:
+        """How much, how fast, and where."""
+        if self.state == "done":
+            return f"already done: {self.target} is the finished result of this very job"
+        total, seconds = self.plan.target.total_bytes(), self.seconds["total"]
+        return (
+            f"done: {size_text(total)} in {seconds:.2f} s ({size_text(total / seconds)}/s), "
+            f"{self.plan.source.name} -> {self.plan.target.name} in {self.target}"
+        )
+
+
+def balance(values: Sequence[int]) -> float:
+    """The largest over the mean; 1 is perfect."""
+    return max(values) * len(values) / sum(values) if sum(values) else 1.0
+
+
+def plan_lines(prepared: "Prepared", plan: Plan, memory: int, least: int) -> list[str]:
+    """The plan as text: sizes, choices, per-rank bytes, and what feeds every target file."""
+    totals = plan.totals()
+    model = prepared.model
+    lines = [
+        f"{plan.source.name} ({len(plan.source.files)} files, {size_text(plan.source.total_bytes())}) -> "
+        f"{plan.target.name} ({len(plan.target.files)} files, {size_text(plan.target.total_bytes())})",
+        f"model: {model.model_type}, {model.layers} layers, width {model.hidden}, {model.heads} heads, "
+        f"{model.kv_heads} key-value heads, vocabulary {model.vocab}, {model.dtype}{', tied' if model.tied else ''}",
+        *prepared.notes,
+        f"{plan.world} ranks, exchange {plan.exchange}, writers {plan.writers if plan.exchange == 'collective' else 'the readers'}; "
+        f"{plan.block_count():,} blocks of up to {size_text(plan.block_bytes)}",
+        f"memory per rank: {memory >> 20} MiB (least that works: {least >> 20} MiB)",
+        "",
+        f"{'rank':>6} {'read':>10} {'sent':>10} {'received':>10} {'written':>10}",
+    ]
+    lines += [_load_line(str(rank), load) for rank, load in totals.items()]
+    everything = Load()
+    for load in totals.values():
+        everything.add(load)
+    lines += [_load_line("all", everything), ""]
+    lines.append(
+        f"bounds: read {size_text(plan.source.total_bytes())} (each byte once), crossing {size_text(everything.sent)}, "
+        f"written {size_text(plan.target.total_bytes())}; balance read "
+        f"{balance([load.read for load in totals.values()]):.3f}, write {balance([load.written for load in totals.values()]):.3f}"
+    )
+    return [*lines, "", *feeding_lines(plan)]
+
+
+def _load_line(name: str, load: Load) -> str:
+    cells = (size_text(value) for value in (load.read, load.sent, load.received, load.written))
+    return f"{name:>6} " + " ".join(f"{cell:>10}" for cell in cells)
+
+
+def feeding_lines(plan: Plan) -> list[str]:
+    """For the first target files, the source files that feed each."""
+    shown = plan.target.files[:FILES_SHOWN]
+    feeds: dict[str, dict[str, None]] = {file: {} for file in shown}
+    for slot in plan.target.slots:
+        for shard in range(slot.placement.cut.parts):
+            file = slot.file.format(shard=shard)
+            if file in feeds:
+                region = slot.placement.region(shard)
+                if region.numel:
+                    feeds[file] |= {
+                        stored.file: None
+                        for stored in plan.source.tensors_on(slot.parameter, region)
+                        if stored.copy == 0
+                    }
+    lines = [f"{file} <- {_some(list(sources))}" for file, sources in feeds.items()]
+    more = len(plan.target.files) - len(shown)
+    return [*lines, f"... and {more:,} more files"] if more else lines
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of many names."""
+    if len(names) <= 8:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])}, ... {names[-1]} ({len(names)} files)"
