@@ -200,7 +200,7 @@ class Engine:
         target.clear()
         arrived = self._swap(current, source)
         for place, move in enumerate(current.moves):
-            own = [part for part in current.loaded.get((place, 0), ())]
+            own = current.loaded.get((place, 0), ())
             for rank, stored in move.pieces:
                 if rank != self._rank:
                     continue

@@ -192,7 +192,7 @@ def _sizes(
     hidden, heads = shape("norm")[0], params["n_heads"]
     if not isinstance(heads, int) or hidden % heads:
         raise CheckpointError(
-            f"`{path / meta_params.NAME}`: n_heads {heads} does not divide the width {hidden} "
+            f"`{path / meta_params.PARAMS}`: n_heads {heads} does not divide the width {hidden} "
             "of norm.weight"
         )
     shape("embedding")

@@ -12,7 +12,7 @@ from reshard.errors import CheckpointError, LayoutError
 from reshard.families.model import Json, ModelConfig
 from reshard.formats import common
 
-NAME = "params.json"
+PARAMS = "params.json"
 # llama-models applies this scaling wherever use_scaled_rope is set; the factor differs by release.
 ROPE_SCALING: Mapping[str, Json] = {
     "rope_type": "llama3",
@@ -42,15 +42,15 @@ class Sizes:
 
 def read(root: Path) -> dict[str, Json]:
     """params.json, which some tools wrap in `model`; its number of heads is the one thing shapes do not tell."""
-    params = common.read_json(root / NAME)
+    params = common.read_json(root / PARAMS)
     inner = params.get("model", params)
     if not isinstance(inner, dict):
         raise CheckpointError(
-            f"`{root / NAME}`: `model` holds {type(inner).__name__}, expected an object"
+            f"`{root / PARAMS}`: `model` holds {type(inner).__name__}, expected an object"
         )
     heads = inner.get("n_heads")
     if type(heads) is not int or heads < 1:
-        raise CheckpointError(f"`{root / NAME}`: n_heads is {heads!r}, expected a positive number")
+        raise CheckpointError(f"`{root / PARAMS}`: n_heads is {heads!r}, expected a positive number")
     return inner
 
 
@@ -66,7 +66,7 @@ def check(root: Path, params: Mapping[str, Json], sizes: Sizes) -> None:
     for key, size in found.items():
         if params.get(key) not in (None, -1, size):
             raise CheckpointError(
-                f"`{root / NAME}`: {key} is {params[key]}, but the tensors of all files make it {size}"
+                f"`{root / PARAMS}`: {key} is {params[key]}, but the tensors of all files make it {size}"
             )
 
 
@@ -135,7 +135,7 @@ def _number(root: Path, params: Mapping[str, Json], key: str, default: float) ->
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise CheckpointError(f"`{root / NAME}`: {key} is {value!r}, expected a positive number")
+        raise CheckpointError(f"`{root / PARAMS}`: {key} is {value!r}, expected a positive number")
     return float(value)
 
 
