@@ -1,4 +1,4 @@
-"""Parts of stored tensors in buffers that are allocated once: where they lie, and how they get in and out."""
+"""Parts of stored tensors in buffers allocated once: where they lie, how they get in and out."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,7 +53,10 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a stored tensor in a buffer, from byte `base` on; the tensor begins at `offset` in its file."""
+    """A part of a stored tensor, in a buffer from byte `base` on.
+
+    The tensor begins at byte `offset` of its file.
+    """
 
     stored: StoredTensor
     packed: Packed

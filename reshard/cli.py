@@ -20,29 +20,31 @@ from reshard.errors import ConfigError, PeerError, ReshardError
 VERBS = ("run", "plan", "inspect", "verify")
 ELSEWHERE_SECONDS = 5.0
 DESCRIPTION = """\
-Reshards LLM checkpoints between Meta MP, Nanotron TPxPP and Hugging Face, bit for bit, in bounded memory.
+Reshards LLM checkpoints between Meta MP, Nanotron TPxPP and Hugging Face, bit for bit,
+in bounded memory.
 
   torchrun --nproc-per-node 8 -m reshard --src meta8 --dst tp4 src.path=DIR dst.path=DIR
   python -m reshard plan --src meta8 --dst tp4 src.model=llama3-70b --world 8
   python -m reshard inspect DIR
   python -m reshard verify DIR [OTHER]
 
-SPEC is a topology (meta8, tp4, tp4pp2, hf, or any of the kind with other numbers), a YAML file, or for a source
-a checkpoint's directory. KEY=VALUE sets any key of the configuration:
+SPEC is a topology (meta8, tp4, tp4pp2, hf, or any of the kind with other numbers), a YAML file,
+or for a source a checkpoint's directory. KEY=VALUE sets any key of the configuration:
   src.path dst.path          directories of the checkpoints
-  src.model                  a model's name in configs/models, or a config.json, where the source has none
+  src.model                  a name in configs/models, or a config.json, where the source has none
   src.replicas=first|strict  what to do when replicated tensors differ
   src.tied src.rope_factor src.rope_interleaved      what the files of a source do not say
   dst.dtype=keep|bfloat16|float16|float32
-  dst.max_shard_size=5GB dst.embedding_dim=auto|0|1 dst.vocab_multiple=N dst.rope_interleaved=true|false dst.like=DIR
+  dst.max_shard_size=5GB dst.embedding_dim=auto|0|1 dst.vocab_multiple=N
+  dst.rope_interleaved=true|false dst.like=DIR
   engine.memory=256MiB       per rank, a hard bound
   engine.exchange=collective|direct   engine.writers=nearest|owner   engine.backend=auto|nccl|gloo
   engine.timeout=1800        seconds without progress   engine.fsync=true
 With neither src.path nor dst.path, `run` makes a tiny model below ./reshard-demo and reshards it.
 
-A target is absent or complete. What is under way lies in DST.partial-<digest>; the same command goes on with it.
---force discards the partial result of another job, and replaces a DST that this program wrote (between the two
-renames it is absent).
+A target is absent or complete. What is under way lies in DST.partial-<digest>; the same command
+goes on with it. --force discards the partial result of another job, and replaces a DST that this
+program wrote (between the two renames it is absent).
 
 exit codes: 0 done or already done; 1 failed, or a difference was found; 2 refused
 """
@@ -88,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
 
 def entry() -> None:
     """The console script."""
-    # Reading and planning share the interpreter with copies of microseconds, which must not wait 5 ms for it.
+    # Copies of microseconds share the interpreter with reading and planning; they must not wait
+    # 5 ms for it.
     sys.setswitchinterval(1e-4)
     sys.exit(main(sys.argv[1:]))
 
@@ -129,7 +132,8 @@ def _failed(message: str, code: int, ranks: Sequence[Ranks], *, secondary: bool)
     elif launched_rank() == 0:
         report_failure(message)
     else:
-        # Before the ranks have met, all fail alike and rank 0 speaks; leaving first would have it killed.
+        # Before the ranks have met, all fail alike and rank 0 speaks; leaving before it would have
+        # it killed.
         time.sleep(ELSEWHERE_SECONDS)
     return code
 

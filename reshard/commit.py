@@ -1,7 +1,8 @@
 """From written pieces to a complete directory: coverage, checksums, small files, manifest.
 
-Every byte of every target file must be covered exactly once: by the container's own bytes, by a journalled
-run, by a constant, or by declared padding. Checksums are combined from those of the runs; nothing is read back.
+Every byte of every target file must be covered exactly once: by the container's own bytes, by a
+journalled run, by a constant, or by declared padding. Checksums are combined from those of the
+runs; nothing is read back.
 """
 
 import os
@@ -117,8 +118,9 @@ def _tensor_crc(
         if record.offset != position:
             problem = "no rank has written" if record.offset > position else "two runs have written"
             raise StorageError(
-                f"`{file}`: {problem} bytes {min(position, record.offset)} to {max(position, record.offset)} "
-                f"of tensor `{content.key}`; this is a bug of the program: the result is not published"
+                f"`{file}`: {problem} bytes {min(position, record.offset)} to "
+                f"{max(position, record.offset)} of tensor `{content.key}`; "
+                "this is a bug of the program: the result is not published"
             )
         crc = isal_zlib.crc32_combine(crc, record.crc, record.length)
         position += record.length
@@ -140,7 +142,7 @@ def finish_file(
     *,
     fsync: bool,
 ) -> list[Extent]:
-    """Prove that one file is complete, write its checksum fields, and return its extents in order."""
+    """Prove that one file is complete, write its checksum fields, return its extents in order."""
     constants = {item.content.key: item.data for item in layout.constants if item.file == file}
     rest = sorted(records, key=lambda record: record.offset)
     starts = [record.offset for record in rest]
@@ -200,7 +202,8 @@ def manifest(body: Mapping[str, object]) -> bytes:
 def carried(source: Path, known: Sequence[str], kept_at_root: Sequence[str]) -> dict[str, Path]:
     """Small files of the source to carry along, by their name in the target.
 
-    `known` are those that some format gives a meaning; `kept_at_root` those that mean the same in the target.
+    `known` are those that some format gives a meaning; `kept_at_root` those that mean the same in
+    the target.
     """
     found: dict[str, Path] = {}
     for folder in (source, source / common.ASSETS):

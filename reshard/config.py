@@ -1,7 +1,7 @@
-"""From the command line and YAML to a checked job: topologies by name, file or directory; every value typed.
+"""From command line and YAML to a checked, typed job: topologies by name, file or directory.
 
-OmegaConf does the merging and the typing; nothing of it is passed on. All user input is checked here, except
-what only the files of a checkpoint can tell.
+OmegaConf does the merging and the typing; nothing of it is passed on. All user input is checked
+here, except what only the files of a checkpoint can tell.
 """
 
 import difflib
@@ -129,7 +129,7 @@ class JobConfig:
 
 
 def shipped() -> Path:
-    """The directory of the topologies that come with the program: in a wheel, or in the source tree."""
+    """The directory of the topologies that are shipped: in a wheel, or in the source tree."""
     packaged = Path(__file__).with_name("configs")
     return packaged if packaged.is_dir() else packaged.parents[1] / "configs"
 
@@ -260,7 +260,8 @@ def _resolve(spec: Json, side: str) -> dict[str, Json]:
     if path.is_dir():
         if side == "dst":
             raise ConfigError(
-                f"--dst {spec}: a directory is not a target; name a topology, and give dst.path={spec}"
+                f"--dst {spec}: a directory is not a target; name a topology, "
+                f"and give dst.path={spec}"
             )
         return {"path": spec}
     if "/" in spec or path.suffix in (".yaml", ".yml"):
@@ -269,7 +270,7 @@ def _resolve(spec: Json, side: str) -> dict[str, Json]:
 
 
 def _numbered(name: str) -> dict[str, Json] | None:
-    """The topology of a name such as `meta3` or `tp3pp2`: of the same kind as one that has a file."""
+    """The topology of a name like `meta3` or `tp3pp2`: of the same kind as one that has a file."""
     parts = re.findall(r"([a-z]+)(\d{1,6})", name)
     if not parts or "".join(word + number for word, number in parts) != name:
         return None
@@ -316,7 +317,8 @@ def _checked(schema: Schema) -> JobConfig:
     _one_of("src.replicas", schema.src.replicas, ("first", "strict"))
     if engine.exchange == "direct" and engine.writers == "owner":
         raise ConfigError(
-            "engine.writers=owner does not apply to engine.exchange=direct, where nothing crosses; use collective"
+            "engine.writers=owner does not apply to engine.exchange=direct, where nothing crosses; "
+            "use collective"
         )
     if engine.timeout <= 0:
         raise ConfigError(f"engine.timeout: {engine.timeout:g} is not a time in seconds")

@@ -1,4 +1,4 @@
-"""The job that runs where no path is given: a tiny seeded model in the source's layout, and its resharding."""
+"""The job that runs without paths: it makes a tiny model in the source's layout and reshards it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,8 @@ class Demo:
     def __init__(self, config: JobConfig, root: Path) -> None:
         if config.source.format is None or config.target.format is None:
             raise ConfigError(
-                "src.path: which checkpoint? give src.path=DIR (and --src and --dst name topologies)"
+                "src.path: which checkpoint? give src.path=DIR (and --src and --dst name "
+                "topologies)"
             )
         self._config, self._root = config, root
         self._names = tuple(
@@ -50,7 +51,11 @@ class Demo:
 
     def first_line(self) -> str:
         """What this is."""
-        return f"DEMO: no paths given; a tiny seeded Llama goes from {self._names[0]} to {self._names[1]} in ./{self._root}/"
+        source, target = self._names
+        return (
+            f"DEMO: no paths given; a tiny seeded Llama goes from {source} to {target} "
+            f"in ./{self._root}/"
+        )
 
     def make_source(self, ranks: Ranks) -> JobConfig:
         """Make the source once, and return the job from it."""
@@ -66,7 +71,7 @@ class Demo:
         return replace(self._config, source=source_side, target=target_side)
 
     def _make_seed(self, seed: Path) -> None:
-        """Random weights in Hugging Face's layout; config.json comes last and says that all is there."""
+        """Random weights in Hugging Face's layout; config.json comes last and says all is there."""
         seed.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(SEED)
         tensors = {

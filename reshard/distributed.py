@@ -1,7 +1,8 @@
 """Ranks: how they start, meet, exchange bytes, and how one that fails ends all.
 
-Device, backend and rank come from accelerate's PartialState. Bytes cross on its process group (NCCL on CUDA,
-Gloo on CPU); everything else goes over a Gloo group or the rendezvous store, never over NCCL.
+Device, backend and rank come from accelerate's PartialState. Bytes cross on its process group (NCCL
+on CUDA, Gloo on CPU); everything else goes over a Gloo group or the rendezvous store, never over
+NCCL.
 """
 
 import json
@@ -38,7 +39,10 @@ def launched_world() -> int:
 
 
 def choose_backend(asked: str, local_ranks: int, devices: int) -> tuple[str, str | None]:
-    """The backend for `local_ranks` on a machine with `devices` GPUs, and a remark where it is not the obvious one."""
+    """The backend for `local_ranks` on a machine with `devices` GPUs.
+
+    The second value is a remark where the choice is not the obvious one.
+    """
     if asked == "gloo":
         return "gloo", None
     if asked == "nccl":
@@ -48,8 +52,9 @@ def choose_backend(asked: str, local_ranks: int, devices: int) -> tuple[str, str
             )
         if local_ranks > devices:
             raise ConfigError(
-                f"engine.backend=nccl: {local_ranks} ranks on this machine, but {devices} GPUs; NCCL wants a GPU for "
-                f"each, so start --nproc-per-node {devices}, or use engine.backend=gloo"
+                f"engine.backend=nccl: {local_ranks} ranks on this machine, but {devices} GPUs; "
+                f"NCCL wants a GPU for each, so start --nproc-per-node {devices}, "
+                "or use engine.backend=gloo"
             )
         return "nccl", None
     if devices == 0:
@@ -76,8 +81,8 @@ class Activity:
 class Watcher(threading.Thread):
     """Ends this process within seconds when any rank has failed, died, or makes no progress.
 
-    Each rank says in the store that it lives, and watches the next rank. The first to find an error claims
-    it, prints its line and leaves; the others leave with the same exit code, silently.
+    Each rank says in the store that it lives, and watches the next rank. The first to find an error
+    claims it, prints its line and leaves; the others leave with the same exit code, silently.
     """
 
     def __init__(
@@ -105,10 +110,8 @@ class Watcher(threading.Thread):
                 if self.activity.steps != seen:
                     seen, moved = self.activity.steps, now
                 if now - changed > DEAD_SECONDS:
-                    self.fail(
-                        f"rank {neighbour} died or stopped answering in phase `{self._phase(last)}`",
-                        1,
-                    )
+                    phase = self._phase(last)
+                    self.fail(f"rank {neighbour} died or stopped answering in phase `{phase}`", 1)
                 if now - moved > self._timeout:
                     self.fail(self._who_hangs(), 1)
             except (dist.DistError, RuntimeError, OSError):
@@ -170,7 +173,10 @@ class Watcher(threading.Thread):
         ]
         steps, rank = min(busy or [(self.activity.steps, self._rank)])
         phase = self._phase(self._peer(rank))
-        return f"rank {rank} made no progress for {self._timeout:g} s (engine.timeout) in phase `{phase}`, step {steps}"
+        return (
+            f"rank {rank} made no progress for {self._timeout:g} s (engine.timeout) "
+            f"in phase `{phase}`, step {steps}"
+        )
 
 
 def _own_store() -> distributed_c10d.Store:
@@ -240,11 +246,15 @@ class Ranks:
         if len(set(found)) > 1:
             other = next(rank for rank, value in enumerate(found) if value != found[0])
             raise PeerError(
-                f"rank {other} computed another {what} than rank 0; do all ranks see the same files?"
+                f"rank {other} computed another {what} than rank 0; "
+                "do all ranks see the same files?"
             )
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do this rank's part of some checks; an error of any rank is raised on all, the lowest rank's first."""
+        """Do this rank's part of some checks; an error of any rank is raised on all ranks.
+
+        Of several errors it is the lowest rank's.
+        """
         error: ReshardError | None = None
         try:
             result = work()
@@ -262,7 +272,10 @@ class Ranks:
         received_bytes: Sequence[int],
         sent_bytes: Sequence[int],
     ) -> None:
-        """Exchange one flat message per peer. On CUDA, host buffers are pinned and staged through the device."""
+        """Exchange one flat message per peer.
+
+        On CUDA, host buffers are pinned and staged through the device.
+        """
         self.step()
         there = torch.empty_like(received, device=self.device) if self.cuda else received
         here = sent.to(self.device, non_blocking=True) if self.cuda else sent
@@ -291,7 +304,7 @@ class Ranks:
             activity.waiting = False
 
     def fail(self, message: str, code: int, *, secondary: bool) -> None:
-        """End the job on all ranks with one line; a `secondary` failure first waits for its cause to show."""
+        """End all ranks with one line; a `secondary` failure first waits for its cause to show."""
         if self._watcher is None:
             report_failure(message)
             return

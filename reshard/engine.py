@@ -1,7 +1,8 @@
 """Runs a plan: read, exchange, write, overlapped, in buffers that are allocated once.
 
-A round is a group of blocks that fits the buffers of every rank. While round `n` is exchanged and permuted,
-round `n+1` is read and round `n-1` is written. In direct mode nothing crosses and ranks do not meet.
+A round is a group of blocks that fits the buffers of every rank. While round `n` is exchanged and
+permuted, round `n+1` is read and round `n-1` is written. In direct mode nothing crosses and ranks
+do not meet.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ class Exchange(Protocol):
         received_bytes: Sequence[int],
         sent_bytes: Sequence[int],
     ) -> None:
-        """Send `sent`, cut by rank into `sent_bytes`; fill `received` with what all ranks sent here."""
+        """Send `sent`, cut by rank into `sent_bytes`; fill `received` with what ranks sent here."""
 
 
 @dataclass(slots=True)
@@ -68,7 +69,7 @@ class Round:
 
 
 def buffers_of(plan: Plan) -> int:
-    """How many buffers a plan needs: reading and writing two each, the exchange one for each direction."""
+    """How many buffers a plan needs: two to read, two to write, one per direction of exchange."""
     return 4 if plan.exchange == "direct" or plan.world == 1 else 6
 
 
@@ -78,12 +79,13 @@ def least_memory(plan: Plan, least_capacity: int) -> int:
 
 
 def round_bytes(memory: int, plan: Plan) -> int:
-    """How many bytes each buffer gets of `memory`; too little is refused with the least that works."""
+    """Bytes of `memory` that each buffer gets; too little is refused with the least that works."""
     least = plan.least_capacity(ALIGN)
     needed = least_memory(plan, least)
     if memory < needed:
         raise ConfigError(
-            f"engine.memory: {memory / (1 << 20):g}MiB is too little for this plan; the least that works is {needed >> 20}MiB"
+            f"engine.memory: {memory / (1 << 20):g}MiB is too little for this plan; "
+            f"the least that works is {needed >> 20}MiB"
         )
     share = (memory - RESERVED_BYTES) // buffers_of(plan)
     return max(least, min(MAX_ROUND_BYTES, share // ALIGN * ALIGN))
@@ -102,7 +104,10 @@ class Check:
 
 
 class Engine:
-    """One rank's part in a plan. `done` are the (file, offset) of runs that an earlier attempt has written."""
+    """One rank's part in a plan.
+
+    `done` are the (file, offset) of runs that an earlier attempt has written.
+    """
 
     def __init__(
         self,
@@ -182,7 +187,7 @@ class Engine:
         return current
 
     def _finished(self, move: Move) -> bool:
-        """Whether an earlier attempt has written all of a move, and nothing of it has to be compared."""
+        """Whether an earlier attempt wrote all of a move, and nothing of it has to be compared."""
         if not self._done or any(stored.copy for _, stored in move.reads):
             return False
         return all(self._written(piece) for _, piece in move.pieces)
@@ -223,7 +228,7 @@ class Engine:
             self._compare(place, move, current, source)
 
     def _swap(self, current: Round, source: Buffer) -> dict[int, list[tuple[Message, int]]]:
-        """Exchange the messages of a round; where each that came here lies in the buffer, by move."""
+        """Exchange the messages of a round; where each that came lies in the buffer, by move."""
         if self._exchange is None:
             return {}
         outgoing, sent_bytes = self._line_up(current, incoming=False)
@@ -255,8 +260,8 @@ class Engine:
     ) -> tuple[list[tuple[int, Message, int]], list[int]]:
         """The messages from (or to) this rank, each with its offset, and the bytes per peer.
 
-        Both ends walk the same moves, so both find the same order. Where dtypes are mixed, wide elements
-        come first and a peer's bytes are rounded up, so that every message is aligned.
+        Both ends walk the same moves, so both find the same order. Where dtypes are mixed, wide
+        elements come first and a peer's bytes are rounded up, so that every message is aligned.
         """
         by_peer: dict[int, list[tuple[int, int, Message]]] = {}
         for place, move in enumerate(current.moves):
@@ -280,7 +285,7 @@ class Engine:
         return lined_up, per_peer
 
     def _compare(self, place: int, move: Move, current: Round, source: Buffer) -> None:
-        """Checksum every box that the source holds more than once, to be compared when all is read."""
+        """Checksum every box that the source holds more than once, to compare when all is read."""
         further = [stored for _, stored in move.reads if stored.copy]
         for stored in further:
             for _, primary in move.reads:

@@ -1,4 +1,4 @@
-"""What can go wrong, by kind; each message is one line: the thing, found against expected, what to do."""
+"""What can go wrong, by kind; a message is one line: the thing, found and expected, what to do."""
 
 
 class ReshardError(Exception):

@@ -90,12 +90,20 @@ def lines(found: dict[str, object]) -> list[str]:
     if "model" in found:
         model = found["model"]
         assert isinstance(model, dict)
+        sizes = (
+            f"{model['layers']} layers, width {model['hidden']}, {model['heads']} heads, "
+            f"{model['kv_heads']} key-value heads, feed-forward {model['intermediate']}, "
+            f"vocabulary {model['vocab']}"
+        )
+        weights = (
+            f"{found['parameters']:,} parameters, {size_text(_number(found['bytes']))} "
+            f"in {found['files']} files, {', '.join(_strings(found['dtypes']))}, "
+            f"{'tied' if found['tied'] else 'untied'}"
+        )
         said += [
-            f"  family      {found['family']}: {model['layers']} layers, width {model['hidden']}, {model['heads']} heads, "
-            f"{model['kv_heads']} key-value heads, feed-forward {model['intermediate']}, vocabulary {model['vocab']}",
+            f"  family      {found['family']}: {sizes}",
             f"  mesh        {found['mesh']}",
-            f"  weights     {found['parameters']:,} parameters, {size_text(_number(found['bytes']))} in {found['files']} files, "
-            f"{', '.join(_strings(found['dtypes']))}, {'tied' if found['tied'] else 'untied'}",
+            f"  weights     {weights}",
             f"  rotary      {found['rope']}",
             f"  missing     {', '.join(_strings(found['missing'])) or 'nothing'}",
             f"  manifest    {'yes: verify checks every byte' if found['manifest'] else 'no'}",

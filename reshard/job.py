@@ -1,4 +1,4 @@
-"""One job, from its config to the published directory: the one place where formats meet the engine."""
+"""One job, from config to published directory: the one place where formats meet the engine."""
 
 import contextlib
 import hashlib
@@ -33,7 +33,7 @@ CHECK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything that is known of a job before a byte moves. `scan` None: the source is only imagined."""
+    """All that is known of a job before a byte moves; `scan` None: the source is only imagined."""
 
     config: JobConfig
     model: ModelConfig
@@ -71,7 +71,8 @@ def prepare(config: JobConfig) -> Prepared:
     else:
         if source.options.model is None or source.format is None:
             raise ConfigError(
-                "src.path: which checkpoint? give src.path=DIR, or src.model=NAME to plan without one"
+                "src.path: which checkpoint? give src.path=DIR, "
+                "or src.model=NAME to plan without one"
             )
         model, notes = source.options.model, ()
         parameters = tuple(families.parameters(model))
@@ -97,7 +98,8 @@ def _target(config: JobConfig) -> tuple[formats.Format, Options, torch.dtype | N
     if config.like is None:
         if side.format is None:
             raise ConfigError(
-                "--dst: which layout? name a topology such as tp4, meta8 or hf, or give dst.like=DIR"
+                "--dst: which layout? name a topology such as tp4, meta8 or hf, "
+                "or give dst.like=DIR"
             )
         return formats.named(side.format), side.options, side.dtype
     if not config.like.is_dir():
@@ -120,7 +122,7 @@ def _target(config: JobConfig) -> tuple[formats.Format, Options, torch.dtype | N
 
 
 def job_digest(prepared: Prepared, plan: Plan) -> str:
-    """What makes a job this job: layouts, block table, source files with sizes and times, code version."""
+    """What identifies a job: layouts, block table, source files' sizes and times, code version."""
     record = hashlib.sha256(plan.table_digest().encode())
     scan = prepared.scan
     for file in scan.layout.files if scan else ():
@@ -222,7 +224,7 @@ class _Run:
         return self.plan.target.files[self.ranks.rank :: self.ranks.world]
 
     def _move(self, places: commit.TargetPlaces, state: State) -> tuple[Counters, list[str]]:
-        """Lay out the files, go through the rounds, and compare what the source holds more than once."""
+        """Lay out the files, run the rounds, and compare what the source holds more than once."""
         ranks, workspace, prepared = self.ranks, self.workspace, self.prepared
         ranks.together(lambda: require_shared(workspace.data, ranks.rank))
         written = commit.lay_out(workspace.data, self.plan.target, places, self._own_files())
@@ -255,7 +257,7 @@ class _Run:
         return engine.counters, self._compare(engine.checks)
 
     def _share(self) -> int:
-        """Bytes of the blocks that this rank goes through: in collective mode those of all ranks."""
+        """Bytes of the blocks that this rank goes through: all of them in collective mode."""
         places = self.plan.target.places.values()
         total = sum(
             whole(slots[0].placement.shape).numel * slots[0].dtype.itemsize for slots in places
@@ -263,7 +265,7 @@ class _Run:
         return total if self.plan.exchange == "collective" else total // self.ranks.world
 
     def _resume(self, state: State) -> dict[tuple[int, int], int]:
-        """The runs that earlier attempts wrote and that are still intact, checked by all ranks together."""
+        """The runs of earlier attempts that are still intact, checked by all ranks together."""
         if state is not State.RESUMED:
             return {}
         latest = {
@@ -310,7 +312,10 @@ class _Run:
         return warnings
 
     def _commit(self, places: commit.TargetPlaces) -> int:
-        """Finish the files of this rank; rank 0 adds the small ones and publishes. Returns the small bytes."""
+        """Finish the files of this rank; rank 0 adds the small ones and publishes.
+
+        Returns the bytes of the small files.
+        """
         ranks, fsync = self.ranks, self.prepared.config.engine.fsync
         ranks.phase("commit")
         finished = ranks.together(lambda: self._finish_files(places, fsync))

@@ -1,7 +1,8 @@
-"""Which pieces are written: append-only records of (file, offset, length, CRC32), one journal per rank and attempt.
+"""Which pieces are written: append-only records, one journal per rank and attempt.
 
-A record says that these bytes were handed to the file system with this checksum. It is believed only after the
-bytes were read back: a resumed run does so before it skips a piece.
+A record (file, offset, length, CRC32) says that these bytes were handed to the file system with
+this checksum. It is believed only after the bytes were read back: a resumed run does so before it
+skips a piece.
 """
 
 import struct

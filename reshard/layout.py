@@ -1,8 +1,9 @@
 """Where the elements of logical parameters live inside a checkpoint's files.
 
-A stored tensor is a flat buffer in a file. Each of its windows is a strided view of that buffer which
-lies on a box (region) of one logical parameter. Resharding is: intersect boxes, copy windows. Nothing
-here reads a file or knows a format, and a layout is never a list: stored tensors are made on demand.
+A stored tensor is a flat buffer in a file. Each of its windows is a strided view of that buffer
+which lies on a box (region) of one logical parameter. Resharding is: intersect boxes, copy windows.
+Nothing here reads a file or knows a format, and a layout is never a list: stored tensors are made
+on demand.
 """
 
 import math
@@ -110,9 +111,9 @@ class Window:
 class Parameter:
     """A logical tensor of a model, in Hugging Face's name, shape and row order.
 
-    `dim` is the dim that tensor parallelism cuts (None: replicated). `head` is the number of rows of
-    one attention head where rows belong to heads (0: they do not); `rotary` heads are the ones whose
-    rows some formats interleave.
+    `dim` is the dim that tensor parallelism cuts (None: replicated). `head` is the number of rows
+    of one attention head where rows belong to heads (0: they do not); `rotary` heads are the ones
+    whose rows some formats interleave.
     """
 
     name: str
@@ -127,7 +128,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How `parts` shards share `size` rows (or columns) along `dim`: `step` each, the last maybe fewer.
+    """How `parts` shards share `size` rows or columns of `dim`: `step` each, the last maybe fewer.
 
     With `copies` > 1, that many consecutive shards hold the same rows. This is `torch.chunk`'s rule
     where `step` is rounded up, the exact division of tensor parallelism where it is not.
@@ -161,7 +162,8 @@ class Placement:
 
     A shard's part of the parameter begins at element `offset` of the stored tensor and is row-major
     there. `stored` is the stored tensor's shape where it is more than that part (fused or padded).
-    `interleaved` rows of a head are stored first half and second half in turn, as Meta's RoPE pairs them.
+    `interleaved` rows of a head are stored first half and second half in turn, as Meta's RoPE pairs
+    them.
     """
 
     shape: tuple[int, ...]
@@ -181,7 +183,7 @@ class Placement:
         return self.stored or self.region(shard).shape
 
     def windows(self, shard: int, region: Region) -> tuple[Window, ...]:
-        """The windows of the stored tensor of `shard` on `region`; none where the two do not meet."""
+        """The windows of the stored tensor of `shard` on `region`; none where they do not meet."""
         held = self.region(shard)
         common = held & region
         if common is None:
@@ -256,7 +258,10 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A stored tensor as its file's header names it; the last `padding` elements belong to no parameter."""
+    """A stored tensor as its file's header names it.
+
+    The last `padding` elements belong to no parameter.
+    """
 
     key: str
     dtype: torch.dtype
@@ -271,7 +276,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A stored tensor that a format derives from the model's config: `data` is its bytes in the file."""
+    """A stored tensor that follows from the model's config: `data` is its bytes in the file."""
 
     file: str
     content: Content
@@ -287,8 +292,9 @@ def no_metadata(template: str, shard: int) -> Mapping[str, str]:
 class Layout:
     """A whole checkpoint without a byte of data: a table of slots, expanded on demand.
 
-    `container` names the module that knows the files' bytes, `coordinates` how many mesh coordinates
-    own the stored tensors, `metadata` gives a file's header metadata by its template and shard.
+    `container` names the module that knows the files' bytes, `coordinates` how many mesh
+    coordinates own the stored tensors, `metadata` gives a file's header metadata by its template
+    and shard.
     """
 
     name: str
@@ -393,6 +399,6 @@ def check_same_parameters(source: Layout, target: Layout) -> None:
     if wrong:
         first = wrong[0]
         raise LayoutError(
-            f"{len(wrong)} parameters differ between {source.name} and {target.name}, first `{first}`: "
-            f"{ours.get(first, 'absent')} against {theirs.get(first, 'absent')}"
+            f"{len(wrong)} parameters differ between {source.name} and {target.name}, "
+            f"first `{first}`: {ours.get(first, 'absent')} against {theirs.get(first, 'absent')}"
         )

@@ -1,7 +1,8 @@
-"""From windows to runs: what to read or write in large steps, and how it lies in memory in between. Pure.
+"""From windows to runs: what to read or write in large steps, and how it lies in memory. Pure.
 
-A part of a stored tensor is read as a few runs of consecutive elements, laid one after another in a buffer.
-Its windows are then re-based on that buffer. In nearly all layouts a block has one run per stored tensor.
+A part of a stored tensor is read as a few runs of consecutive elements, laid one after another in a
+buffer. Its windows are then re-based on that buffer. In nearly all layouts a block has one run per
+stored tensor.
 """
 
 import math
@@ -17,7 +18,7 @@ from reshard.layout import Placement, Region, Window, row_major
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """`runs` are (first element, count) in the stored tensor's buffer; `windows` lie in the packed buffer."""
+    """`runs` are (first element, count) in the stored tensor; `windows` lie in a packed buffer."""
 
     runs: tuple[tuple[int, int], ...]
     windows: tuple[Window, ...]
@@ -43,7 +44,7 @@ class Copy:
 def packed(
     placement: Placement, shard: int, region: Region, strides: tuple[int, ...] | None = None
 ) -> Packed:
-    """The part `region` of a stored tensor, packed. `strides` are those in the file if not row-major."""
+    """The part `region` of a stored tensor, packed; `strides` are the file's if not row-major."""
     windows = placement.windows(shard, region)
     if strides is not None:
         shape = placement.stored_shape(shard)

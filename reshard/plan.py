@@ -1,9 +1,9 @@
 """Who reads, sends and writes what: a pure function of two layouts and the number of ranks.
 
-A block is whole rows of one parameter (whole heads where rows belong to rotary heads): the unit of work.
-A piece is the part of a block that one target tensor holds: the unit that is written, journalled and
-checksummed. Every rank computes the same plan; none is sent anywhere, and blocks are expanded as they
-are needed.
+A block is whole rows of one parameter (whole heads where rows belong to rotary heads): the unit of
+work. A piece is the part of a block that one target tensor holds: the unit that is written,
+journalled and checksummed. Every rank computes the same plan; none is sent anywhere, and blocks are
+expanded as they are needed.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from reshard.errors import ConfigError
 from reshard.layout import Layout, Region, Slot, StoredTensor, disjoint, whole
@@ -46,7 +46,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """All that happens to one block: which rank reads, which writes, and what crosses between ranks."""
+    """All that happens to one block: which ranks read and write, and what crosses between them."""
 
     block: Block
     reads: tuple[tuple[int, StoredTensor], ...]
@@ -79,17 +79,18 @@ class Load:
 def row_bounds(
     rows: int, rows_per_block: int, grain: int, cuts: frozenset[tuple[int, int]]
 ) -> tuple[int, ...]:
-    """Where blocks of a parameter begin, and its end: at most `rows_per_block` rows, multiples of `grain`.
+    """Where the blocks of a parameter begin, and where it ends.
 
-    Blocks end where a shard of either layout ends (`cuts`: step and size of cuts along dim 0), so that a
-    block's rows have one home, unless that would cut a head.
+    A block has at most `rows_per_block` rows, a multiple of `grain`. It ends where a shard of
+    either layout ends (`cuts`: step and size of cuts along dim 0), so that its rows have one home,
+    unless that would cut a head.
     """
     edges = {0, rows}
     for step, size in cuts:
         edges.update(edge for edge in range(step, min(size, rows), step) if edge % grain == 0)
     ordered = sorted(edges)
     bounds = [0]
-    for start, stop in zip(ordered, ordered[1:], strict=False):
+    for start, stop in pairwise(ordered):
         units = -(-(stop - start) // grain)
         count = -(-units * grain // max(rows_per_block, grain))
         bounds += [min(stop, start + units * part // count * grain) for part in range(1, count + 1)]
@@ -110,7 +111,10 @@ def deal(coordinates: int, world: int) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole job for `world` ranks. `readers` and `owners` list the ranks of each mesh coordinate."""
+    """The whole job for `world` ranks.
+
+    `readers` and `owners` list the ranks of each mesh coordinate.
+    """
 
     source: Layout
     target: Layout
@@ -127,8 +131,8 @@ class Plan:
             )
         if self.exchange == "direct" and self.writers == "owner":
             raise ConfigError(
-                "engine.writers=owner needs engine.exchange=collective: in direct mode the rank that reads a block "
-                "writes it"
+                "engine.writers=owner needs engine.exchange=collective: in direct mode the rank "
+                "that reads a block writes it"
             )
         object.__setattr__(
             self, "readers", self.readers or deal(self.source.coordinates, self.world)
@@ -179,7 +183,7 @@ class Plan:
         tail = self.source.places[parameter][0].placement.shape[1:]
         origin, first = (0,) * len(tail), self._ordinals[self._number[parameter]]
         bounds = self.row_bounds(parameter)
-        for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for index, (start, stop) in enumerate(pairwise(bounds)):
             yield Block(parameter, Region((start, *origin), (stop, *tail)), first + index)
 
     @cached_property
@@ -195,7 +199,7 @@ class Plan:
 
     @cached_property
     def _starts(self) -> tuple[int, ...]:
-        """Direct mode deals contiguous stretches of bytes: where each parameter begins, and the end."""
+        """Direct mode deals contiguous bytes: where each parameter begins, and the end."""
         return tuple(accumulate((sum(pair) for pair in self._volumes), initial=0))
 
     def _dealt(self, block: Block) -> int:
@@ -218,7 +222,7 @@ class Plan:
     def _writer(
         self, block: Block, piece: StoredTensor, reads: Sequence[tuple[int, StoredTensor]]
     ) -> int:
-        """The rank that writes `piece`: the block's, the coordinate's, or the one that holds most of it."""
+        """The rank to write `piece`: the block's, the coordinate's, or the one that holds most."""
         if self.exchange == "direct":
             return self._dealt(block)
         if self.writers == "owner":
@@ -264,7 +268,7 @@ class Plan:
         )
 
     def _interleaved(self) -> list[str]:
-        """Parameters such that consecutive ones belong to different pipeline stages, each stage in order."""
+        """Parameters with the pipeline stages mixed evenly, and those of each stage in order."""
         stages: dict[int, list[tuple[int, str]]] = {}
         totals: dict[int, int] = {}
         for name, (read, _) in zip(self.names, self._volumes, strict=True):
@@ -279,7 +283,7 @@ class Plan:
         return [name for *_, name in sorted(keyed)]
 
     def _shards_in_turn(self, parameter: str) -> list[Block]:
-        """The blocks of a parameter, one of each source shard in turn, so that all readers are busy."""
+        """The blocks of a parameter, one of each source shard in turn, to keep all readers busy."""
         cut = self.source.places[parameter][0].placement.cut
         if cut.dim != 0 or cut.parts == cut.copies:
             return list(self.blocks(parameter))
@@ -292,9 +296,10 @@ class Plan:
         return [block for *_, block in sorted(keyed, key=lambda item: item[:2])]
 
     def rounds(self, rank: int, capacity: int, align: int) -> Iterator[list[Move]]:
-        """Moves in groups for which no rank reads, sends, receives or writes more than `capacity` bytes.
+        """Moves in groups for which no rank reads, sends, receives or writes over `capacity` bytes.
 
-        Each part is counted rounded up to `align` bytes. All ranks get the same rounds in collective mode.
+        Each part is counted rounded up to `align` bytes. All ranks get the same rounds in
+        collective mode.
         """
         group: list[Move] = []
         loads: dict[int, Load] = {}
@@ -338,7 +343,7 @@ class Plan:
         return loads
 
     def _signature(self, name: str) -> object:
-        """What the loads of a parameter depend on besides its name; None where it is like no other."""
+        """What a parameter's loads depend on besides its name; None where it is like no other."""
         number = self._number[name]
         slots = self.source.places[name], self.target.places[name]
         if self.exchange == "direct":

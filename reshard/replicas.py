@@ -18,7 +18,8 @@ Pair = tuple[Check, Check]
 def compare(checks: Sequence[Check], root: Path, *, strict: bool) -> list[str]:
     """Warnings on copies that differ where they may; where they must not, a CheckpointError.
 
-    `strict` refuses any difference. Differences are measured by reading the differing tensors again.
+    `strict` refuses any difference. Differences are measured by reading the differing tensors
+    again.
     """
     pairs = differing(checks)
     forbidden = [pair for pair in pairs if strict or pair[1].stored.slot.strict]
@@ -33,13 +34,14 @@ def compare(checks: Sequence[Check], root: Path, *, strict: bool) -> list[str]:
         pairs, key=lambda pair: (pair[1].stored.file, pair[1].parameter != pairs[0][1].parameter)
     )[1].stored
     return [
-        f"{len(tensors)} copies of {len(names)} replicated tensors differ from the first coordinate's, which is taken; "
-        f"largest difference {largest:g}, first `{first.key}` in `{first.file}` (src.replicas=strict refuses this)"
+        f"{len(tensors)} copies of {len(names)} replicated tensors differ from the first "
+        f"coordinate's, which is taken; largest difference {largest:g}, first `{first.key}` in "
+        f"`{first.file}` (src.replicas=strict refuses this)"
     ]
 
 
 def differing(checks: Sequence[Check]) -> list[Pair]:
-    """Pairs of the same box, first place and further place, whose checksums differ, in the order of the checks."""
+    """Pairs (first, further place) of a box whose checksums differ, in the order of the checks."""
     table: dict[tuple[str, Region, int], dict[int, Check]] = {}
     for check in checks:
         table.setdefault((check.parameter, check.region, check.of), {})[check.copy] = check

@@ -86,7 +86,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one rank gathered: bytes moved, and its memory in bytes at the peak and before the job."""
+    """What a rank gathered: bytes moved, and its memory in bytes at the peak and before the job."""
 
     counters: Counters
     peak_rss: int
@@ -159,14 +159,17 @@ def balance(values: Sequence[int]) -> float:
 def plan_lines(prepared: "Prepared", plan: Plan, memory: int, least: int) -> list[str]:
     """The plan as text: sizes, choices, per-rank bytes, and what feeds every target file."""
     totals = plan.totals()
-    model = prepared.model
+    model, source, target = prepared.model, plan.source, plan.target
+    source_bytes, target_bytes = (size_text(side.total_bytes()) for side in (source, target))
+    writers = plan.writers if plan.exchange == "collective" else "the readers"
     lines = [
-        f"{plan.source.name} ({len(plan.source.files)} files, {size_text(plan.source.total_bytes())}) -> "
-        f"{plan.target.name} ({len(plan.target.files)} files, {size_text(plan.target.total_bytes())})",
-        f"model: {model.model_type}, {model.layers} layers, width {model.hidden}, {model.heads} heads, "
-        f"{model.kv_heads} key-value heads, vocabulary {model.vocab}, {model.dtype}{', tied' if model.tied else ''}",
+        f"{source.name} ({len(source.files)} files, {source_bytes}) -> "
+        f"{target.name} ({len(target.files)} files, {target_bytes})",
+        f"model: {model.model_type}, {model.layers} layers, width {model.hidden}, "
+        f"{model.heads} heads, {model.kv_heads} key-value heads, vocabulary {model.vocab}, "
+        f"{model.dtype}{', tied' if model.tied else ''}",
         *prepared.notes,
-        f"{plan.world} ranks, exchange {plan.exchange}, writers {plan.writers if plan.exchange == 'collective' else 'the readers'}; "
+        f"{plan.world} ranks, exchange {plan.exchange}, writers {writers}; "
         f"{plan.block_count():,} blocks of up to {size_text(plan.block_bytes)}",
         f"memory per rank: {memory >> 20} MiB (least that works: {least >> 20} MiB)",
         "",
@@ -177,10 +180,11 @@ def plan_lines(prepared: "Prepared", plan: Plan, memory: int, least: int) -> lis
     for load in totals.values():
         everything.add(load)
     lines += [_load_line("all", everything), ""]
+    read_balance = balance([load.read for load in totals.values()])
+    write_balance = balance([load.written for load in totals.values()])
     lines.append(
-        f"bounds: read {size_text(plan.source.total_bytes())} (each byte once), crossing {size_text(everything.sent)}, "
-        f"written {size_text(plan.target.total_bytes())}; balance read "
-        f"{balance([load.read for load in totals.values()]):.3f}, write {balance([load.written for load in totals.values()]):.3f}"
+        f"bounds: read {source_bytes} (each byte once), crossing {size_text(everything.sent)}, "
+        f"written {target_bytes}; balance read {read_balance:.3f}, write {write_balance:.3f}"
     )
     return [*lines, "", *feeding_lines(plan)]
 

@@ -5,13 +5,16 @@ import errno
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from reshard.errors import CheckpointError, ConfigError, StorageError
 
 MAX_BUFFERS = 512
 OPEN_FILES = 64
+
+# `os.preadv` or `os.pwritev`: descriptor, buffers and offset to the number of bytes done.
+VectoredCall = Callable[[int, list[memoryview], int], int]
 
 
 def read_bytes(path: Path, offset: int, count: int) -> bytes:
@@ -41,7 +44,7 @@ def explained(what: str, path: Path) -> Iterator[None]:
 
 
 class Files:
-    """Descriptors of the files below one directory, the least recently used closed first; counts bytes."""
+    """Descriptors of files below a directory, least recently used closed first; counts bytes."""
 
     def __init__(self, root: Path, flags: int) -> None:
         self._root = root
@@ -60,7 +63,7 @@ class Files:
             self._all(os.pwritev, file, offset, buffers)
 
     def push(self, file: str, offset: int, length: int) -> None:
-        """Have the kernel begin to bring written bytes to the disk, so that the final sync is short."""
+        """Have the kernel begin to bring written bytes to disk, so that the final sync is short."""
         os.posix_fadvise(self._descriptor(file), offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
@@ -77,8 +80,10 @@ class Files:
             self._open[file] = os.open(self._root / file, self._flags | os.O_CLOEXEC)
         return self._open[file]
 
-    def _all(self, call, file: str, offset: int, buffers: Sequence[memoryview]) -> None:  # type: ignore[no-untyped-def]  # preadv and pwritev share no type
-        """Repeat a vectored call until all buffers are done: it may stop short, and takes so many buffers."""
+    def _all(
+        self, call: VectoredCall, file: str, offset: int, buffers: Sequence[memoryview]
+    ) -> None:
+        """Repeat `call` until all buffers are done: it may stop short, and takes only so many."""
         descriptor, rest = self._descriptor(file), list(buffers)
         while rest:
             done = call(descriptor, rest[:MAX_BUFFERS], offset)
@@ -93,7 +98,7 @@ class Files:
 
 
 def create(path: Path, size: int, chunks: Sequence[tuple[int, bytes]]) -> None:
-    """Make a file of its final size with `chunks` in place; an existing one keeps its other bytes."""
+    """Make a file in its final size, `chunks` in place; an existing one keeps its other bytes."""
     with explained("create", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)

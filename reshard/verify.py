@@ -1,4 +1,4 @@
-"""Proof by reading: a checkpoint against its own manifest, or two checkpoints of any two layouts."""
+"""Proof by reading: a checkpoint against its own manifest, or two checkpoints of any layouts."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ class Span:
 
 
 def against_manifest(path: Path, ranks: Ranks) -> list[str]:
-    """Compare every byte of `path` with reshard.json; a VerifyError names file, tensor and byte range."""
+    """Compare every byte with reshard.json; a VerifyError names file, tensor and byte range."""
     spans, sizes = _spans(path)
     problems = _sizes_wrong(path, sizes) if ranks.rank == 0 else []
     intact = {
@@ -144,7 +144,7 @@ def _crc(path: Path, span: Span) -> int:
 
 
 def against_other(one: Path, other: Path, memory: int, ranks: Ranks) -> list[str]:
-    """Compare two checkpoints parameter by parameter, bit for bit, in bounded memory on all ranks."""
+    """Compare two checkpoints' parameters bit for bit, in bounded memory, on all ranks."""
     ranks.phase("scan")
     first, second = ranks.together(lambda: (_scan(one), _scan(other)))
     ranks.together(lambda: _check_share((first, second), ranks))
@@ -160,7 +160,8 @@ def against_other(one: Path, other: Path, memory: int, ranks: Ranks) -> list[str
     _raise_on(other, found)
     total = size_text(first.layout.total_bytes())
     return [
-        f"equal: {len(plan.names)} parameters, {total}: {one} ({first.layout.name}) and {other} ({second.layout.name})"
+        f"equal: {len(plan.names)} parameters, {total}: {one} ({first.layout.name}) "
+        f"and {other} ({second.layout.name})"
     ]
 
 
@@ -209,7 +210,10 @@ def _difference(move: Move, loaded: list[list[Part]], buffers: tuple[Buffer, Buf
                 region is not None
                 and (found := _unequal(ours, theirs, region, buffers)) is not None
             ):
-                return f"`{move.block.parameter}`{found} (`{ours.stored.file}` against `{theirs.stored.file}`)"
+                return (
+                    f"`{move.block.parameter}`{found} "
+                    f"(`{ours.stored.file}` against `{theirs.stored.file}`)"
+                )
     return None
 
 

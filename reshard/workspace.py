@@ -1,7 +1,8 @@
 """The directories of a running job: lock, partial directory, and the rename that publishes it.
 
-A target directory is absent or complete. Everything is written below `DST.partial-<digest>`, whose name is that
-of the job: the same job finds it again and goes on. `DST.lock` keeps a second job away.
+A target directory is absent or complete. Everything is written below `DST.partial-<digest>`, whose
+name is that of the job: the same job finds it again and goes on. `DST.lock` keeps a second job
+away.
 """
 
 import contextlib
@@ -86,8 +87,9 @@ class Workspace:
         for other in self._others():
             if not force:
                 raise ConfigError(
-                    f"`{other}`: the partial result of a job with another source, target or version; repeat that job's "
-                    "command to finish it, remove the directory, or give --force to discard it"
+                    f"`{other}`: the partial result of a job with another source, "
+                    "target or version; repeat that job's command to finish it, "
+                    "remove the directory, or give --force to discard it"
                 )
             shutil.rmtree(other)
         resumed = self.journals.is_dir()
@@ -117,11 +119,12 @@ class Workspace:
             raise ConfigError(f"`{self.target}`: exists and is not the result of this job; {hint}")
         if not ours:
             raise ConfigError(
-                f"`{self.target}`: exists without our {common.MANIFEST}, so --force does not replace it; remove it yourself"
+                f"`{self.target}`: exists without our {common.MANIFEST}, so --force does not "
+                "replace it; remove it yourself"
             )
 
     def publish(self, *, fsync: bool) -> None:
-        """Give the complete data its final name; between an old target's rename and this it is absent."""
+        """Give the data its final name; between an old target's rename and this, none is there."""
         old = self._beside("replaced")
         with explained("publish", self.target):
             if self.target.is_dir() and any(self.target.iterdir()):
@@ -160,5 +163,6 @@ def require_shared(data: Path, rank: int) -> None:
     """Refuse a target directory that this rank does not see."""
     if not data.is_dir():
         raise StorageError(
-            f"rank {rank} does not see `{data}`: dst.path must be on a file system that all ranks share"
+            f"rank {rank} does not see `{data}`: "
+            "dst.path must be on a file system that all ranks share"
         )

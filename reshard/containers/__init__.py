@@ -65,10 +65,11 @@ class Skeleton:
 @cache
 def _modules() -> Mapping[str, ModuleType]:
     """Every container module of this package by name."""
-    return {
-        found.name: importlib.import_module(f"{__name__}.{found.name}")
-        for found in pkgutil.iter_modules(__path__)
+    found = {
+        info.name: importlib.import_module(f"{__name__}.{info.name}")
+        for info in pkgutil.iter_modules(__path__)
     }
+    return {name: module for name, module in found.items() if hasattr(module, "SUFFIXES")}
 
 
 @lru_cache(maxsize=256)

@@ -16,6 +16,7 @@ import torch
 
 from reshard.containers import Entry, FileIndex, Skeleton, TensorSpec
 from reshard.errors import CheckpointError, LayoutError
+from reshard.layout import row_major
 
 SUFFIXES: tuple[str, ...] = (".safetensors",)
 
@@ -163,7 +164,9 @@ def _entry(key: str, described: object, data_start: int) -> Entry:
         raise ValueError(
             f"spans {span[1] - span[0]} bytes, but its shape and {name} take {expected}"
         )
-    return Entry(data_start + span[0], dtype, shape, _row_major(shape))
+    # Like torch, an empty dim counts as one.
+    strides = row_major([max(size, 1) for size in shape])
+    return Entry(data_start + span[0], dtype, shape, strides)
 
 
 def _integers(described: Mapping[str, object], field: str) -> tuple[int, ...]:
@@ -193,10 +196,6 @@ def _check_tiling(entries: Mapping[str, Entry], *, data_start: int, file_bytes: 
         raise ValueError(f"truncated: {file_bytes} bytes, its header says {position}")
     if file_bytes > position:
         raise ValueError(f"is too long: {file_bytes} bytes, its header says {position}")
-
-
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _shown(text: str) -> str:

@@ -1,7 +1,8 @@
 """Model families: which logical parameters a model has, from the sizes in its config.
 
-A family is a module with `MODEL_TYPES`, the `model_type` values that it answers to, `ARCHITECTURE`, the
-class that config.json names, and `parameters(model) -> list[Parameter]`. Modules of this package are found by name; adding one adds a family.
+A family is a module with `MODEL_TYPES`, the `model_type` values that it answers to, `ARCHITECTURE`,
+the class that config.json names, and `parameters(model) -> list[Parameter]`. Modules of this
+package are found by name; adding one adds a family.
 """
 
 import importlib

@@ -34,7 +34,10 @@ RENAMED = {"dtype", "rope_parameters", "architectures", "model_type", "transform
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes in elements; `rope_scaling` as in config.json; `extras` are config.json keys carried as they are."""
+    """Sizes in elements; `rope_scaling` is as in config.json.
+
+    `extras` are keys of config.json that are carried as they are.
+    """
 
     model_type: str
     hidden: int
@@ -66,11 +69,13 @@ class ModelConfig:
         ]
         if wrong:
             raise ConfigError(
-                f"model config: `{wrong[0]}` is {getattr(self, wrong[0])!r}, expected a positive int"
+                f"model config: `{wrong[0]}` is {getattr(self, wrong[0])!r}, "
+                "expected a positive int"
             )
         if self.heads % self.kv_heads:
             raise ConfigError(
-                f"model config: {self.kv_heads} key-value heads do not divide {self.heads} attention heads"
+                f"model config: {self.kv_heads} key-value heads do not divide {self.heads} "
+                "attention heads"
             )
 
     def to_json(self) -> dict[str, Json]:

@@ -1,7 +1,7 @@
 """The checkpoint formats. Each is one module, found by name; adding one adds a format.
 
-NAME, ASSETS                              its name in a topology, and the small files that it keeps at its root
-layout(parameters, model, options)        where every parameter lies: one pure function for reading and writing
+NAME, ASSETS                              its name in a topology; the small files kept at its root
+layout(parameters, model, options)        where every parameter lies: pure, for reading and writing
 detect(path) -> bool                      whether a directory is of this format
 scan(path, options) -> Scan               the model and the layout of a directory that exists
 notes(model, options) -> tuple[str, ...]  what the plan says of a target

@@ -65,7 +65,7 @@ def confined(name: str, origin: str) -> str:
 
 
 def manifest_model(root: Path) -> ModelConfig | None:
-    """The canonical config that an earlier run left in the manifest of this directory, if there is one."""
+    """The canonical config that an earlier run left in this directory's manifest, if any."""
     if not (root / MANIFEST).is_file():
         return None
     record = read_json(root / MANIFEST).get("model")
@@ -103,11 +103,11 @@ def divisors(*numbers: int) -> list[int]:
 
 
 def require_plain_heads(model: ModelConfig, name: str) -> None:
-    """Refuse heads whose size does not follow from the hidden size, for formats that cannot say it."""
+    """Refuse heads whose size does not follow from the hidden size: the format cannot say it."""
     if model.heads * model.head_dim != model.hidden:
         raise LayoutError(
-            f"{name}: {model.heads} heads of {model.head_dim} are not the hidden size {model.hidden}, and {name} "
-            "has no field for another head size; use --dst hf"
+            f"{name}: {model.heads} heads of {model.head_dim} are not the hidden size "
+            f"{model.hidden}, and {name} has no field for another head size; use --dst hf"
         )
 
 
@@ -115,8 +115,8 @@ def require_even_heads(model: ModelConfig, name: str) -> None:
     """Refuse to interleave rotary heads that have no two halves."""
     if model.head_dim % 2:
         raise LayoutError(
-            f"{name}: rotary heads of {model.head_dim} rows have no two halves; such a model can be stored in "
-            "Hugging Face's row order only (--dst hf)"
+            f"{name}: rotary heads of {model.head_dim} rows have no two halves; "
+            "such a model can be stored in Hugging Face's row order only (--dst hf)"
         )
 
 
@@ -152,7 +152,8 @@ def _problems(scan: Scan, file: str) -> list[str]:
         if key not in expected:
             if not scan.ignored(key):
                 found.append(
-                    f"`{file}`: tensor `{key}` is not part of a {scan.layout.name} checkpoint of this model"
+                    f"`{file}`: tensor `{key}` is not part of a {scan.layout.name} checkpoint of "
+                    "this model"
                 )
         elif (entry.dtype, entry.shape) != (expected[key].dtype, expected[key].shape):
             found.append(

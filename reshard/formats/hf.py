@@ -1,7 +1,8 @@
 """Hugging Face directories: safetensors files with an index, whole tensors, and config.json.
 
-Names, shapes and row order are those of the logical parameters. Whether the output is tied to the embedding
-is what the config says, never what is missing. config.json is written as transformers 4.x spells it.
+Names, shapes and row order are those of the logical parameters. Whether the output is tied to the
+embedding is what the config says, never what is missing. config.json is written as transformers 4.x
+spells it.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ UNUSED_SUFFIX = ".rotary_emb.inv_freq"
 
 
 def layout(parameters: Sequence[Parameter], model: ModelConfig, options: Options) -> Layout:
-    """Whole tensors; files are those of `options.files`, or filled in order up to `max_shard_bytes`."""
+    """Whole tensors in `options.files`, or in files filled in order up to `max_shard_bytes`."""
     if options.axes != Mesh():
         raise LayoutError(f"hf: Hugging Face directories have no mesh, found {options.axes}")
     files = options.files or _fill(parameters, options.max_shard_bytes)
@@ -101,7 +102,7 @@ def ignored(key: str) -> bool:
 
 
 def scan(path: Path, options: Options) -> Scan:
-    """Read the layout of a directory from its config.json, its index, and the headers of its files."""
+    """Read the layout of a directory from its config.json, its index and its files' headers."""
     if options.mesh not in (None, Mesh()):
         raise LayoutError(f"hf: Hugging Face directories have no mesh, found {options.mesh}")
     assumed = []

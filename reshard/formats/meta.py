@@ -1,8 +1,9 @@
-"""Meta's model-parallel checkpoints: `consolidated.NN.pth`, one per tensor-parallel rank, and `params.json`.
+"""Meta's checkpoints: `consolidated.NN.pth`, one per tensor-parallel rank, and `params.json`.
 
-Rotary rows are interleaved. Replicated tensors stand in every file. With more files than key-value heads,
-each head is stored on consecutive ranks and params.json counts the copies (as the 405B in 16 files does).
-Llama 1 and 2 cut the embedding on dim 1, later generations on dim 0; shapes tell which.
+Rotary rows are interleaved. Replicated tensors stand in every file. With more files than key-value
+heads, each head is stored on consecutive ranks and params.json counts the copies (as the 405B in 16
+files does). Llama 1 and 2 cut the embedding on dim 1, later generations on dim 0; shapes tell
+which.
 """
 
 import re
@@ -75,7 +76,7 @@ def _slot(parameter: Parameter, model: ModelConfig, mp: int, dim: int | None) ->
 
 
 def embedding_dim(model: ModelConfig, options: Options) -> int:
-    """The dim on which `tok_embeddings` is cut: as asked for, else 1 for Llama 1, 2 and Code Llama."""
+    """The dim on which `tok_embeddings` is cut: as asked, else 1 for Llama 1, 2 and Code Llama."""
     if options.embedding_dim is not None:
         return options.embedding_dim
     return 1 if model.rope_theta in (10000.0, 1000000.0) and model.rope_scaling is None else 0
@@ -96,8 +97,9 @@ def notes(model: ModelConfig, options: Options) -> tuple[str, ...]:
         )
     if options.axes.tp > model.kv_heads:
         found.append(
-            f"{model.kv_heads} key-value heads on {options.axes.tp} files: each stored "
-            f"{options.axes.tp // model.kv_heads} times, params.json says n_kv_heads {options.axes.tp}"
+            f"{model.kv_heads} key-value heads on {options.axes.tp} files: "
+            f"each stored {options.axes.tp // model.kv_heads} times, params.json says "
+            f"n_kv_heads {options.axes.tp}"
         )
     return tuple(found)
 
@@ -119,14 +121,15 @@ def _check(model: ModelConfig, options: Options) -> int:
     ]
     if mp not in legal:
         raise LayoutError(
-            f"{name}: {mp} files do not divide {model.heads} heads, {model.kv_heads} key-value heads, feed-forward "
-            f"width {model.intermediate} and vocabulary {model.vocab}; use one of {legal}"
+            f"{name}: {mp} files do not divide {model.heads} heads, {model.kv_heads} key-value "
+            f"heads, feed-forward width {model.intermediate} and vocabulary {model.vocab}; "
+            f"use one of {legal}"
         )
     return mp
 
 
 def _rope_frequencies(model: ModelConfig, dtype: torch.dtype, mp: int) -> tuple[Constant, ...]:
-    """`rope.freqs`, which Llama 1 and 2 files carry: 1 / theta^(2i/d), in the dtype of the model."""
+    """`rope.freqs`, which Llama 1 and 2 files carry: 1 / theta^(2i/d), in the model's dtype."""
     steps = torch.arange(0, model.head_dim, 2)[: model.head_dim // 2].float() / model.head_dim
     data = bytes((1.0 / model.rope_theta**steps).to(dtype).view(torch.uint8).tolist())
     content = Content(ROPE_FREQUENCIES, dtype, (model.head_dim // 2,))
@@ -176,7 +179,7 @@ def scan(path: Path, options: Options) -> Scan:
 def _sizes(
     path: Path, entries: Mapping[str, containers.Entry], params: Mapping[str, Json], mp: int
 ) -> meta_params.Sizes:
-    """Every size, from the shapes in the first of `mp` files; only the number of heads is params.json's."""
+    """All sizes, by the shapes in the first of `mp` files; only the head count is params.json's."""
     first = path / FILE.format(shard=0)
 
     def shape(role: str) -> tuple[int, ...]:
@@ -223,12 +226,13 @@ def _count_files(path: Path, options: Options) -> int:
     ]
     if missing:
         raise CheckpointError(
-            f"`{path / missing[0]}` is missing: found {len(numbers)} of {expected} consolidated files; "
-            "complete the download, or name the topology that this directory really has"
+            f"`{path / missing[0]}` is missing: found {len(numbers)} of {expected} consolidated "
+            "files; complete the download, or name the topology that this directory really has"
         )
     if options.mesh and options.mesh.tp != expected:
         raise CheckpointError(
-            f"`{path}`: holds {expected} consolidated files, but the source is meta{options.mesh.tp}"
+            f"`{path}`: holds {expected} consolidated files, but the source is "
+            f"meta{options.mesh.tp}"
         )
     return expected
 
@@ -236,7 +240,7 @@ def _count_files(path: Path, options: Options) -> int:
 def _drop_copied_heads(
     path: Path, model: ModelConfig, mp: int, options: Options, known: ModelConfig | None
 ) -> tuple[ModelConfig, list[str]]:
-    """Find how often each key-value head is stored, which is more than once only where each file has one."""
+    """Find how often each key-value head is stored: more than once only where each file has one."""
     if mp == 1 or model.kv_heads != mp:
         return model, []
     if known is not None and model.kv_heads % known.kv_heads == 0:
@@ -247,7 +251,10 @@ def _drop_copied_heads(
         heads = mp // equal_head_groups(files, keys)
     if heads == mp:
         return model, []
-    note = f"{heads} key-value heads, each stored {mp // heads} times (layer 0 compared; the rest while moving)"
+    note = (
+        f"{heads} key-value heads, each stored {mp // heads} times (layer 0 compared; "
+        "the rest while moving)"
+    )
     return replace(model, kv_heads=heads), [note]
 
 
@@ -268,7 +275,10 @@ def _tie(
         and embedding.shape == output.shape
         and rows_agree(first, embedding, output)
     )
-    note = "tied embeddings: output.weight equals tok_embeddings.weight where sampled (src.tied=false says otherwise)"
+    note = (
+        "tied embeddings: output.weight equals tok_embeddings.weight where sampled "
+        "(src.tied=false says otherwise)"
+    )
     return replace(model, tied=same), [note] if same else []
 
 

@@ -1,7 +1,8 @@
-"""params.json of every generation, both ways. Sizes come from the tensors; the file is a check on them.
+"""params.json of every generation, both ways; sizes come from tensors, it is a check on them.
 
-What no generation writes down (positions, token ids, the factor of scaled RoPE, whether the output is tied)
-comes from a config that is known from elsewhere, else from the release that the numbers look like.
+What no generation writes down (positions, token ids, the factor of scaled RoPE, whether the output
+is tied) comes from a config that is known from elsewhere, else from the release that the numbers
+look like.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,10 @@ class Sizes:
 
 
 def read(root: Path) -> dict[str, Json]:
-    """params.json, which some tools wrap in `model`; its number of heads is the one thing shapes do not tell."""
+    """Read params.json, which some tools wrap in `model`.
+
+    Its number of heads is the one thing that shapes do not tell.
+    """
     params = common.read_json(root / PARAMS)
     inner = params.get("model", params)
     if not isinstance(inner, dict):
@@ -50,7 +54,9 @@ def read(root: Path) -> dict[str, Json]:
         )
     heads = inner.get("n_heads")
     if type(heads) is not int or heads < 1:
-        raise CheckpointError(f"`{root / PARAMS}`: n_heads is {heads!r}, expected a positive number")
+        raise CheckpointError(
+            f"`{root / PARAMS}`: n_heads is {heads!r}, expected a positive number"
+        )
     return inner
 
 
@@ -66,7 +72,8 @@ def check(root: Path, params: Mapping[str, Json], sizes: Sizes) -> None:
     for key, size in found.items():
         if params.get(key) not in (None, -1, size):
             raise CheckpointError(
-                f"`{root / PARAMS}`: {key} is {params[key]}, but the tensors of all files make it {size}"
+                f"`{root / PARAMS}`: {key} is {params[key]}, "
+                f"but the tensors of all files make it {size}"
             )
 
 
@@ -123,7 +130,7 @@ def to_model(
 
 
 def _positions(theta: float, eps: float, *, scaled: bool) -> int:
-    """The context of the release: 3.1 and later, 3, Code Llama, 2, or 1 (told from 2 by its epsilon)."""
+    """The release's context: 3.1 and later, 3, Code Llama, 2, or 1 (told from 2 by its epsilon)."""
     if scaled:
         return 131072
     by_theta = {500000.0: 8192, 1000000.0: 16384}
@@ -160,7 +167,7 @@ def write(model: ModelConfig, mp: int) -> dict[str, Json]:
 
 
 def _ffn_rule(model: ModelConfig) -> tuple[int, float | None]:
-    """`multiple_of` and `ffn_dim_multiplier` from which Meta's code computes this feed-forward width."""
+    """`multiple_of` and `ffn_dim_multiplier` that give this feed-forward width in Meta's code."""
     base, width = int(2 * (4 * model.hidden) / 3), model.intermediate
     steps = [step for step in USUAL_MULTIPLES if width % step == 0]
     steps += [step for step in range(min(width, 4096), 0, -1) if width % step == 0]

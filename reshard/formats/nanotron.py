@@ -1,8 +1,9 @@
-"""Nanotron checkpoints: one safetensors file per parameter and tensor-parallel rank, in a tree of modules.
+"""Nanotron checkpoints: a tree of safetensors files, one per parameter and tensor-parallel rank.
 
-q, k, v and gate, up are fused and cut inside each part. Norms have no rank in their name. The pipeline stage
-of a module is in its files' names; stages follow Nanotron's own walk over costs. Every sharded file says in
-its header which slices of the whole tensor it holds, and that is checked against the layout.
+q, k, v and gate, up are fused and cut inside each part. Norms have no rank in their name. The
+pipeline stage of a module is in its files' names; stages follow Nanotron's own walk over costs.
+Every sharded file says in its header which slices of the whole tensor it holds, and that is checked
+against the layout.
 """
 
 import os
@@ -91,7 +92,7 @@ def _padded(parameter: Parameter, rows: int) -> tuple[int, ...]:
 def _slot(
     parameter: Parameter, parts: Sequence[Parameter], mesh: Mesh, stage: int, rows: int
 ) -> Slot:
-    """Where one parameter lies: `parts` are the parameters fused into its stored tensor, itself included."""
+    """Where one parameter lies; `parts` are those fused into its stored tensor, itself included."""
     module = MODULES[parameter.role].format(layer=parameter.layer)
     shape, coordinate = parameter.shape, stage * mesh.tp
     if parameter.dim is None:
@@ -122,15 +123,15 @@ def _slot(
 
 
 def _block(parameter: Parameter) -> str:
-    """The pipeline block that a parameter belongs to: a layer's number, or the role of what is outside."""
+    """The pipeline block of a parameter: a layer's number, or the role of what is outside."""
     return parameter.role if parameter.layer is None else str(parameter.layer)
 
 
 def assign_stages(model: ModelConfig, rows: int, pp: int) -> dict[str, int]:
     """The stage of each pipeline block, by Nanotron's walk (models/base.py, build_model).
 
-    Blocks are placed in order; a block whose cumulative cost passes the stage's share still belongs to
-    that stage, and the next one goes on. Only layers and the output have a cost.
+    Blocks are placed in order; a block whose cumulative cost passes the stage's share still belongs
+    to that stage, and the next one goes on. Only layers and the output have a cost.
     """
     layer = 4 * model.hidden * model.hidden + 3 * model.intermediate * model.hidden
     costs = {"embedding": 0, **{str(number): layer for number in range(model.layers)}, "norm": 0}
@@ -155,8 +156,9 @@ def _check(model: ModelConfig, options: Options) -> int:
     legal = common.divisors(model.heads, model.kv_heads, model.intermediate)
     if mesh.tp not in legal:
         raise LayoutError(
-            f"{name}: tp must divide {model.heads} heads, {model.kv_heads} key-value heads and feed-forward width "
-            f"{model.intermediate} (Nanotron does not repeat heads); the largest that does is {legal[-1]}"
+            f"{name}: tp must divide {model.heads} heads, {model.kv_heads} key-value heads "
+            f"and feed-forward width {model.intermediate} (Nanotron does not repeat heads); "
+            f"the largest that does is {legal[-1]}"
         )
     if mesh.pp > model.layers + 2:
         raise LayoutError(
@@ -168,8 +170,9 @@ def _check(model: ModelConfig, options: Options) -> int:
         rows = -(-model.vocab // unit) * unit
     if rows % mesh.tp:
         raise LayoutError(
-            f"{name}: tp does not divide the vocabulary of {rows}; pad it with dst.vocab_multiple=1 (to "
-            f"{-(-rows // mesh.tp) * mesh.tp} rows), or use tp in {common.divisors(rows, legal[-1])}"
+            f"{name}: tp does not divide the vocabulary of {rows}; "
+            f"pad it with dst.vocab_multiple=1 (to {-(-rows // mesh.tp) * mesh.tp} rows), "
+            f"or use tp in {common.divisors(rows, legal[-1])}"
         )
     return rows
 
@@ -180,7 +183,8 @@ def notes(model: ModelConfig, options: Options) -> tuple[str, ...]:
     found = [f"Nanotron TP={mesh.tp} PP={mesh.pp}, for training; for inference use --dst hf"]
     if model.rope_scaling is not None:
         found.append(
-            "rope_scaling is stored, but Nanotron does not apply it: positions beyond the base context differ"
+            "rope_scaling is stored, but Nanotron does not apply it: "
+            "positions beyond the base context differ"
         )
     rows = _check(model, options)
     if rows != model.vocab:
@@ -198,7 +202,7 @@ def detect(path: Path) -> bool:
 
 
 def scan(path: Path, options: Options) -> Scan:
-    """Read the layout of a step directory from its model_config.json and the names and headers of its files."""
+    """Read a step directory's layout from model_config.json and its files' names and headers."""
     root = _step(path)
     mesh, stages = _topology(root, options)
     entries = root / FILE.format(
@@ -286,7 +290,8 @@ def _topology(root: Path, options: Options) -> tuple[Mesh, dict[str, int]]:
     asked = options.mesh
     if asked and (asked.tp, asked.pp) != (tp, pp):
         raise CheckpointError(
-            f"`{root}`: holds tp={tp} pp={pp} (`{file}`), but the source is tp={asked.tp} pp={asked.pp}"
+            f"`{root}`: holds tp={tp} pp={pp} (`{file}`), "
+            f"but the source is tp={asked.tp} pp={asked.pp}"
         )
     return Mesh(tp=tp, pp=pp, dp=asked.dp if asked else 1), stages
 
@@ -327,7 +332,8 @@ def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, 
         )
     if options.rope_interleaved is not None and interleaved != options.rope_interleaved:
         raise CheckpointError(
-            f"`{name}`: rope_interleaved is {interleaved}, but src.rope_interleaved={options.rope_interleaved}"
+            f"`{name}`: rope_interleaved is {interleaved}, "
+            f"but src.rope_interleaved={options.rope_interleaved}"
         )
     model = from_hf({**config, "model_type": "llama", "head_dim": None}, str(name))
     model = replace(
@@ -356,16 +362,17 @@ def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, 
 
 
 def _check_files(root: Path, found: Layout, mesh: Mesh) -> None:
-    """Refuse a directory that lacks a file of its topology, or has one that does not belong to it."""
+    """Refuse a directory that lacks a file of its topology, or has one that does not belong."""
     stored, expected = set(_stored_files(root)), set(found.files)
     if missing := sorted(expected - stored):
         raise CheckpointError(
-            f"`{root / missing[0]}` is missing: {len(missing)} of {len(expected)} files of tp={mesh.tp} pp={mesh.pp}"
+            f"`{root / missing[0]}` is missing: {len(missing)} of {len(expected)} files of "
+            f"tp={mesh.tp} pp={mesh.pp}"
         )
     if stale := sorted(stored - expected):
         raise CheckpointError(
-            f"`{root / stale[0]}` does not belong to this model at tp={mesh.tp} pp={mesh.pp} ({len(stale)} such files); "
-            "is it a leftover of another run?"
+            f"`{root / stale[0]}` does not belong to this model at tp={mesh.tp} pp={mesh.pp} "
+            f"({len(stale)} such files); is it a leftover of another run?"
         )
 
 

@@ -1,4 +1,4 @@
-"""The small texts of a Nanotron checkpoint: header slices, model_config.json, config.yaml, its metadata."""
+"""Small texts of a Nanotron checkpoint: header slices, model_config.json, config.yaml, metadata."""
 
 import re
 from collections.abc import Mapping
@@ -14,10 +14,79 @@ VERSION = "1.5"
 WHOLE = "None,None,None"
 SLICES, SHAPE = "local_global_slices_pairs", "unsharded_shape"
 
+# Sections of config.yaml that depend on no model: what Nanotron needs to start.
+GENERAL: dict[str, object] = {
+    "project": "reshard",
+    "run": "converted",
+    "seed": 42,
+    "step": 0,
+    "consumed_train_samples": 0,
+    "ignore_sanity_checks": True,
+    "benchmark_csv_path": None,
+}
+CHECKPOINTS: dict[str, object] = {
+    "checkpoint_interval": 1000,
+    "checkpoints_path": "checkpoints",
+    "checkpoints_path_is_shared_file_system": False,
+    "resume_checkpoint_path": None,
+    "load_optimizer": False,
+    "load_lr_scheduler": False,
+    "save_initial_state": False,
+    "save_final_state": True,
+}
+TOKENIZER: dict[str, object] = {
+    "tokenizer_name_or_path": "none",
+    "tokenizer_revision": None,
+    "tokenizer_max_length": None,
+}
+OPTIMIZER: dict[str, object] = {
+    "accumulate_grad_in_fp32": True,
+    "clip_grad": 1.0,
+    "learning_rate_scheduler": {
+        "learning_rate": 0.0003,
+        "lr_decay_starting_step": None,
+        "lr_decay_steps": 98,
+        "lr_decay_style": "cosine",
+        "lr_warmup_steps": 2,
+        "lr_warmup_style": "linear",
+        "min_decay_lr": 1.0e-05,
+    },
+    "optimizer_factory": {
+        "name": "adamW",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_eps": 1.0e-08,
+        "torch_adam_is_fused": False,
+    },
+    "weight_decay": 0.01,
+    "weight_decay_exclude_named_params": [],
+    "zero_stage": 0,
+}
+LOGGING: dict[str, object] = {
+    "iteration_step_info_interval": 1,
+    "log_level": "info",
+    "log_level_replica": "info",
+}
+DATA: dict[str, object] = {
+    "dataset": {
+        "hf_dataset_or_datasets": "none",
+        "hf_dataset_config_name": None,
+        "hf_dataset_splits": "train",
+        "text_column_name": "text",
+        "dataset_processing_num_proc_per_process": 1,
+        "dataset_overwrite_cache": False,
+    },
+    "num_loading_workers": 1,
+    "seed": 42,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """A stored tensor that tensor parallelism cuts along `dim`: the sizes of its fused chunks, and its other size."""
+    """A stored tensor that tensor parallelism cuts along `dim`.
+
+    `chunks` are the sizes of its fused parts along `dim`, `other` is its other size.
+    """
 
     chunks: tuple[int, ...]
     dim: int
@@ -27,7 +96,7 @@ class Sharded:
 def shard_metadata(
     table: Mapping[str, Sharded], tp: int, template: str, shard: int
 ) -> dict[str, str]:
-    """The header of one file: exactly three entries where the tensor is sharded, none where it is not."""
+    """The header of a file: exactly three entries where the tensor is sharded, else none."""
     if template not in table:
         return {}
     sharded, pairs = table[template], []
@@ -125,46 +194,19 @@ def checkpoint_metadata(mesh: Mesh) -> dict[str, object]:
 def training_config(model: ModelConfig, config: Mapping[str, Json], mesh: Mesh) -> bytes:
     """A config.yaml that Nanotron accepts, to be edited for a real run.
 
-    It loads neither optimizer nor scheduler, which are not here. `init_method.path` is relative, so that a
-    run from elsewhere fails loudly instead of starting from random weights.
+    It loads neither optimizer nor scheduler, which are not here. `init_method.path` is relative, so
+    that a run from elsewhere fails loudly instead of starting from random weights.
     """
+    sequence_length = min(model.max_positions, 4096)
     stage = {
         "name": "Stage 1",
         "start_training_step": 1,
-        "sequence_length": min(model.max_positions, 4096),
-        "data": {
-            "dataset": {
-                "hf_dataset_or_datasets": "none",
-                "hf_dataset_config_name": None,
-                "hf_dataset_splits": "train",
-                "text_column_name": "text",
-                "dataset_processing_num_proc_per_process": 1,
-                "dataset_overwrite_cache": False,
-            },
-            "num_loading_workers": 1,
-            "seed": 42,
-        },
+        "sequence_length": sequence_length,
+        "data": DATA,
     }
     record = {
-        "general": {
-            "project": "reshard",
-            "run": "converted",
-            "seed": 42,
-            "step": 0,
-            "consumed_train_samples": 0,
-            "ignore_sanity_checks": True,
-            "benchmark_csv_path": None,
-        },
-        "checkpoints": {
-            "checkpoint_interval": 1000,
-            "checkpoints_path": "checkpoints",
-            "checkpoints_path_is_shared_file_system": False,
-            "resume_checkpoint_path": None,
-            "load_optimizer": False,
-            "load_lr_scheduler": False,
-            "save_initial_state": False,
-            "save_final_state": True,
-        },
+        "general": GENERAL,
+        "checkpoints": CHECKPOINTS,
         "model": {
             "ddp_bucket_cap_mb": 25,
             "dtype": model.dtype,
@@ -172,60 +214,19 @@ def training_config(model: ModelConfig, config: Mapping[str, Json], mesh: Mesh) 
             "make_vocab_size_divisible_by": 1,
             "model_config": dict(config),
         },
-        "parallelism": {
-            "tp": mesh.tp,
-            "pp": mesh.pp,
-            "dp": mesh.dp,
-            "context_parallel_size": 1,
-            "expert_parallel_size": 1,
-            "pp_engine": "1f1b",
-            "recompute_layer": False,
-            "tp_linear_async_communication": mesh.tp > 1,
-            "tp_mode": "REDUCE_SCATTER" if mesh.tp > 1 else "ALL_REDUCE",
-            "tp_recompute_allgather": True,
-        },
-        "tokenizer": {
-            "tokenizer_name_or_path": "none",
-            "tokenizer_revision": None,
-            "tokenizer_max_length": None,
-        },
-        "optimizer": {
-            "accumulate_grad_in_fp32": True,
-            "clip_grad": 1.0,
-            "learning_rate_scheduler": {
-                "learning_rate": 0.0003,
-                "lr_decay_starting_step": None,
-                "lr_decay_steps": 98,
-                "lr_decay_style": "cosine",
-                "lr_warmup_steps": 2,
-                "lr_warmup_style": "linear",
-                "min_decay_lr": 1.0e-05,
-            },
-            "optimizer_factory": {
-                "name": "adamW",
-                "adam_beta1": 0.9,
-                "adam_beta2": 0.95,
-                "adam_eps": 1.0e-08,
-                "torch_adam_is_fused": False,
-            },
-            "weight_decay": 0.01,
-            "weight_decay_exclude_named_params": [],
-            "zero_stage": 0,
-        },
+        "parallelism": _parallelism(mesh),
+        "tokenizer": TOKENIZER,
+        "optimizer": OPTIMIZER,
         "tokens": {
             "batch_accumulation_per_replica": 1,
             "limit_test_batches": 0,
             "limit_val_batches": 0,
             "micro_batch_size": 1,
-            "sequence_length": min(model.max_positions, 4096),
+            "sequence_length": sequence_length,
             "train_steps": 100,
             "val_check_interval": -1,
         },
-        "logging": {
-            "iteration_step_info_interval": 1,
-            "log_level": "info",
-            "log_level_replica": "info",
-        },
+        "logging": LOGGING,
         "data_stages": [stage],
         "lighteval": None,
         "metrics_logging": None,
@@ -233,3 +234,18 @@ def training_config(model: ModelConfig, config: Mapping[str, Json], mesh: Mesh) 
         "s3_upload": None,
     }
     return OmegaConf.to_yaml(OmegaConf.create(record), sort_keys=True).encode()
+
+
+def _parallelism(mesh: Mesh) -> dict[str, object]:
+    return {
+        "tp": mesh.tp,
+        "pp": mesh.pp,
+        "dp": mesh.dp,
+        "context_parallel_size": 1,
+        "expert_parallel_size": 1,
+        "pp_engine": "1f1b",
+        "recompute_layer": False,
+        "tp_linear_async_communication": mesh.tp > 1,
+        "tp_mode": "REDUCE_SCATTER" if mesh.tp > 1 else "ALL_REDUCE",
+        "tp_recompute_allgather": True,
+    }

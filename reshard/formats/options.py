@@ -1,4 +1,4 @@
-"""What a format needs to know beyond the model: the mesh, and the choices that its files leave open."""
+"""What a format must know beyond the model: the mesh, and the choices its files leave open."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +23,8 @@ class Options:
 
     `mesh` None (a source only): read from the files. `files` names the file of each parameter, and
     `stages` the pipeline stage of each parameter, where a checkpoint that exists decides them.
-    `vocab_rows` is the stored vocabulary, padding included. `model` is a config for what the files do not say.
+    `vocab_rows` is the stored vocabulary, padding included. `model` is a config for what the files
+    do not say.
     """
 
     mesh: Mesh | None = None
@@ -48,8 +49,8 @@ class Options:
 class Scan:
     """A checkpoint that exists: its model, its layout, and what was learnt on the way.
 
-    `assumed` are lines on what the files do not say and how it was decided; `left_behind` names what
-    is not carried. `ignored(key)` tells stored tensors that are known to be of no use, and
+    `assumed` are lines on what the files do not say and how it was decided; `left_behind` names
+    what is not carried. `ignored(key)` tells stored tensors that are known to be of no use, and
     `wrong_metadata(file, metadata)` what is wrong with a header's metadata.
     """
 

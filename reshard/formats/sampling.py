@@ -1,4 +1,7 @@
-"""Reading a few rows of a source to learn what its config does not say. What is learnt is proven while moving."""
+"""Reading a few rows of a source to learn what its config does not say.
+
+What is learnt is proven while moving.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +46,7 @@ def _checksum(path: Path, key: str) -> int:
 
 
 def equal_head_groups(files: Sequence[Path], keys: Sequence[str]) -> int:
-    """The largest number of consecutive files, a divisor of all, that hold the same bytes under `keys`."""
+    """The largest number of consecutive files, a divisor of all, with equal bytes under `keys`."""
     if _first_rows(files[0], keys) != _first_rows(files[1], keys):
         return 1
     heads = [tuple(_checksum(path, key) for key in keys) for path in files]
