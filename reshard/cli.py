@@ -13,9 +13,10 @@ from reshard import inspect as inspection
 from reshard import job, report, verify
 from reshard.buffers import ALIGN
 from reshard.demo import Demo
-from reshard.distributed import Ranks, launched_rank, report_failure
+from reshard.distributed import Ranks, launched_rank
 from reshard.engine import least_memory
 from reshard.errors import ConfigError, PeerError, ReshardError
+from reshard.watcher import report_failure
 
 VERBS = ("run", "plan", "inspect", "verify")
 ELSEWHERE_SECONDS = 5.0

@@ -5,13 +5,8 @@ on CUDA, Gloo on CPU); everything else goes over a Gloo group or the rendezvous 
 NCCL.
 """
 
-import json
 import os
-import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -21,11 +16,9 @@ from accelerate import PartialState
 from torch.distributed import distributed_c10d
 
 from reshard.errors import ConfigError, PeerError, ReshardError
+from reshard.watcher import Activity, Watcher, report_failure
 
 T = TypeVar("T")
-BEAT_SECONDS = 0.5
-DEAD_SECONDS = 4.0
-VERDICT_SECONDS = 6.0
 
 
 def launched_rank() -> int:
@@ -62,121 +55,6 @@ def choose_backend(asked: str, local_ranks: int, devices: int) -> tuple[str, str
     if local_ranks > devices:
         return "gloo", f"{local_ranks} ranks on {devices} GPUs: using Gloo on CPU"
     return "nccl", None
-
-
-def report_failure(message: str) -> None:
-    """The one line that says what went wrong."""
-    print(f"reshard: {message}", file=sys.stderr, flush=True)
-
-
-@dataclass(slots=True)
-class Activity:
-    """What a rank is doing, for the one that looks for the rank that hangs."""
-
-    phase: str = "start"
-    steps: int = 0
-    waiting: bool = False
-
-
-class Watcher(threading.Thread):
-    """Ends this process within seconds when any rank has failed, died, or makes no progress.
-
-    Each rank says in the store that it lives, and watches the next rank. The first to find an error
-    claims it, prints its line and leaves; the others leave with the same exit code, silently.
-    """
-
-    def __init__(
-        self, store: distributed_c10d.Store, rank: int, world: int, timeout: float
-    ) -> None:
-        super().__init__(name="watcher", daemon=True)
-        self._store, self._rank, self._world, self._timeout = store, rank, world, timeout
-        self._stopped = threading.Event()
-        self._parent = os.getppid()
-        self.activity = Activity()
-
-    def run(self) -> None:
-        """Look around until stopped; a store that is gone means that the job is gone."""
-        neighbour, last, changed = (self._rank + 1) % self._world, "", time.monotonic()
-        seen, moved = -1, time.monotonic()
-        while not self._stopped.wait(BEAT_SECONDS):
-            now = time.monotonic()
-            try:
-                self._say(str(now))
-                if self._store.check(["failed"]):
-                    self.leave(json.loads(self._store.get("failed"))["code"])
-                alive = self._peer(neighbour)
-                if alive != last or alive.startswith("done"):
-                    last, changed = alive, now
-                if self.activity.steps != seen:
-                    seen, moved = self.activity.steps, now
-                if now - changed > DEAD_SECONDS:
-                    phase = self._phase(last)
-                    self.fail(f"rank {neighbour} died or stopped answering in phase `{phase}`", 1)
-                if now - moved > self._timeout:
-                    self.fail(self._who_hangs(), 1)
-            except (dist.DistError, RuntimeError, OSError):
-                self.leave(1)
-            if os.getppid() != self._parent:
-                self.leave(1)
-
-    def stop(self) -> None:
-        """This rank is done, and may go without being missed."""
-        self._stopped.set()
-        self.join()
-        self._say("done")
-
-    def fail(self, message: str, code: int) -> None:
-        """Claim a failure and end this process; where another rank was first, leave as it says."""
-        if self._store.add("claims", 1) == 1:
-            self._store.set("failed", json.dumps({"code": code}))
-            report_failure(message)
-            self.leave(code)
-        self.leave(self.verdict(code))
-
-    def verdict(self, code: int) -> int:
-        """The exit code of the failure that was claimed, or `code` where none comes up."""
-        until = time.monotonic() + VERDICT_SECONDS
-        while time.monotonic() < until:
-            if self._store.check(["failed"]):
-                return int(json.loads(self._store.get("failed"))["code"])
-            time.sleep(BEAT_SECONDS / 5)
-        return code
-
-    def leave(self, code: int) -> None:
-        """End this process at once, whatever its other threads wait for."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    def _say(self, text: str) -> None:
-        doing = self.activity
-        self._store.set(
-            f"alive/{self._rank}", f"{text}|{doing.steps}|{int(doing.waiting)}|{doing.phase}"
-        )
-
-    def _peer(self, rank: int) -> str:
-        return (
-            self._store.get(f"alive/{rank}").decode()
-            if self._store.check([f"alive/{rank}"])
-            else ""
-        )
-
-    @staticmethod
-    def _phase(alive: str) -> str:
-        return alive.split("|")[3] if alive.count("|") == 3 else "start"
-
-    def _who_hangs(self) -> str:
-        """Name the rank that works without getting on while the others wait for it."""
-        states = [(rank, self._peer(rank).split("|")) for rank in range(self._world)]
-        busy = [
-            (int(state[1]), rank) for rank, state in states if len(state) == 4 and state[2] == "0"
-        ]
-        steps, rank = min(busy or [(self.activity.steps, self._rank)])
-        phase = self._phase(self._peer(rank))
-        return (
-            f"rank {rank} made no progress for {self._timeout:g} s (engine.timeout) "
-            f"in phase `{phase}`, step {steps}"
-        )
 
 
 def _own_store() -> distributed_c10d.Store:
@@ -308,10 +186,8 @@ class Ranks:
         if self._watcher is None:
             report_failure(message)
             return
-        if secondary:
-            found = self._watcher.verdict(-1)
-            if found >= 0:
-                self._watcher.leave(found)
+        if secondary and (found := self._watcher.verdict()) is not None:
+            self._watcher.leave(found)
         self._watcher.fail(message, code)
 
     def close(self) -> None:

@@ -2,9 +2,9 @@
 
 Each container is a module with the same three names:
 
-    SUFFIXES                                the file suffixes that it reads
-    index(path) -> FileIndex                where each stored tensor of an existing file lies; no tensor byte is read
-    skeleton(tensors, metadata) -> Skeleton every byte of a new file that is not tensor data, and its final size
+    SUFFIXES                      the file suffixes that it reads
+    index(path)                   where each stored tensor of a file lies; no tensor byte is read
+    skeleton(tensors, metadata)   every byte of a new file that is not tensor data, and its size
 """
 
 import importlib

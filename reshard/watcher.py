@@ -1,0 +1,151 @@
+"""One rank's failure, death or hang ends all ranks within seconds, with one line and one exit code.
+
+Every rank says in the rendezvous store what it is doing, and watches the next rank. The first that
+finds something wrong claims it, says it, and leaves; the others see the claim and leave silently.
+Leaving means `os._exit`: nothing else frees a thread that waits in a collective call.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+BEAT_SECONDS = 0.5
+SILENT_SECONDS = 4.0
+VERDICT_SECONDS = 6.0
+
+
+def report_failure(message: str) -> None:
+    """The one line that says what went wrong."""
+    print(f"reshard: {message}", file=sys.stderr, flush=True)
+
+
+@dataclass(slots=True)
+class Activity:
+    """What a rank says of itself; `home` and `pid` tell its neighbours on a machine if it lives."""
+
+    phase: str = "start"
+    steps: int = 0
+    waiting: bool = False
+    done: bool = False
+    beat: int = 0
+    home: str = ""
+    pid: int = 0
+
+
+def _home() -> str:
+    """The machine and the process namespace in which this rank's pid means something."""
+    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this machine exists and is more than a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+class Watcher(threading.Thread):
+    """The thread of one rank that looks after all; `timeout` is in seconds without a step."""
+
+    def __init__(
+        self, store: distributed_c10d.Store, rank: int, world: int, timeout: float
+    ) -> None:
+        super().__init__(name="watcher", daemon=True)
+        self._store, self._rank, self._world, self._timeout = store, rank, world, timeout
+        self._stopped = threading.Event()
+        self._parent = os.getppid()
+        self.activity = Activity(home=_home(), pid=os.getpid())
+
+    def run(self) -> None:
+        """Look around until stopped; without its store or its launcher the job is gone."""
+        heard, heard_at = -1, time.monotonic()
+        steps, moved_at = -1, time.monotonic()
+        while not self._stopped.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            try:
+                self._say()
+                if self._store.check(["failed"]):
+                    self.leave(json.loads(self._store.get("failed")))
+                neighbour = self._peer((self._rank + 1) % self._world)
+                if neighbour is not None and neighbour.beat != heard:
+                    heard, heard_at = neighbour.beat, now
+                if self.activity.steps != steps:
+                    steps, moved_at = self.activity.steps, now
+                if neighbour is not None and self._gone(neighbour, now - heard_at):
+                    gone = (self._rank + 1) % self._world
+                    self.fail(f"rank {gone} died in phase `{neighbour.phase}`", 1)
+                if now - moved_at > self._timeout:
+                    self.fail(self._who_hangs(), 1)
+            except (dist.DistError, RuntimeError, OSError):
+                self.leave(1)
+            if os.getppid() != self._parent:
+                self.leave(1)
+
+    def _gone(self, other: Activity, silence: float) -> bool:
+        """Whether a rank has died: on this machine its process tells, elsewhere its silence."""
+        if other.done:
+            return False
+        if other.home == self.activity.home:
+            return not _lives(other.pid)
+        return silence > SILENT_SECONDS
+
+    def stop(self) -> None:
+        """This rank is done, and may go without being missed."""
+        self._stopped.set()
+        self.join()
+        self.activity.done = True
+        self._say()
+
+    def fail(self, message: str, code: int) -> None:
+        """Claim a failure and end this process; where another rank was first, leave as it says."""
+        if self._store.add("claims", 1) == 1:
+            report_failure(message)
+            self._store.set("failed", json.dumps(code))
+            self.leave(code)
+        found = self.verdict()
+        self.leave(code if found is None else found)
+
+    def verdict(self) -> int | None:
+        """The exit code of the failure that a rank has claimed, or None where none comes up."""
+        until = time.monotonic() + VERDICT_SECONDS
+        while time.monotonic() < until:
+            if self._store.check(["failed"]):
+                return int(json.loads(self._store.get("failed")))
+            time.sleep(BEAT_SECONDS / 5)
+        return None
+
+    def leave(self, code: int) -> None:
+        """End this process at once, whatever its other threads wait for."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def _say(self) -> None:
+        self.activity.beat += 1
+        self._store.set(f"alive/{self._rank}", json.dumps(asdict(self.activity)))
+
+    def _peer(self, rank: int) -> Activity | None:
+        """What a rank said last, or None where it has not begun."""
+        key = f"alive/{rank}"
+        return Activity(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+
+    def _who_hangs(self) -> str:
+        """Name the rank that works without getting on while the others wait for it."""
+        said = {rank: self._peer(rank) for rank in range(self._world)}
+        known = {rank: other for rank, other in said.items() if other is not None}
+        busy = {rank: other for rank, other in known.items() if not other.waiting} or known
+        rank = min(busy, key=lambda rank: busy[rank].steps)
+        return (
+            f"rank {rank} made no progress for {self._timeout:g} s (engine.timeout) "
+            f"in phase `{busy[rank].phase}`, step {busy[rank].steps}"
+        )
