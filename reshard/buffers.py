@@ -6,7 +6,8 @@ from typing import Protocol
 
 import torch
 
-from reshard.layout import StoredTensor, row_major
+from reshard.geometry import row_major
+from reshard.layout import StoredTensor
 from reshard.packing import Packed, packed
 from reshard.storage import Files
 

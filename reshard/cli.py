@@ -16,6 +16,8 @@ from reshard.demo import Demo
 from reshard.distributed import Ranks, launched_rank
 from reshard.engine import least_memory
 from reshard.errors import ConfigError, PeerError, ReshardError
+from reshard.prepare import prepare
+from reshard.topologies import near
 from reshard.watcher import report_failure
 
 VERBS = ("run", "plan", "inspect", "verify")
@@ -146,9 +148,7 @@ def _dispatch(arguments: argparse.Namespace, ranks: list[Ranks]) -> int:
     overrides = [word for word in words if "=" in word]
     paths = [word for word in words if "=" not in word]
     if verb in ("run", "plan") and paths:
-        raise ConfigError(
-            f"`{paths[0]}` is neither a verb nor KEY=VALUE: {configuration.near(paths[0], VERBS)}"
-        )
+        raise ConfigError(f"`{paths[0]}` is neither a verb nor KEY=VALUE: {near(paths[0], VERBS)}")
     if verb == "inspect":
         return _inspect(arguments, paths)
     if verb == "verify":
@@ -194,7 +194,7 @@ def _plan(arguments: argparse.Namespace, config: configuration.JobConfig) -> int
     world = arguments.world if arguments.world is not None else 1
     if world < 1:
         raise ConfigError(f"--world: {world} is not a number of ranks")
-    prepared = job.prepare(config)
+    prepared = prepare(config)
     plan = prepared.plan(world)
     print(
         "\n".join(

@@ -19,8 +19,9 @@ from reshard import containers
 from reshard.containers import Skeleton, TensorSpec
 from reshard.errors import StorageError
 from reshard.formats import common
+from reshard.geometry import row_major
 from reshard.journal import Record
-from reshard.layout import Content, Layout, StoredTensor, row_major
+from reshard.layout import Content, Layout, StoredTensor
 from reshard.storage import Files, create, explained, sync, write_small
 
 MANIFEST_VERSION = 1

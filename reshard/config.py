@@ -4,7 +4,6 @@ OmegaConf does the merging and the typing; nothing of it is passed on. All user 
 here, except what only the files of a checkpoint can tell.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,13 +11,21 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reshard.errors import ConfigError
-from reshard.families.model import Json, ModelConfig, from_hf
-from reshard.formats import common
+from reshard.families.model import Json
 from reshard.formats.options import Mesh, Options
+from reshard.topologies import (
+    AXES,
+    container,
+    first_line,
+    near,
+    read_model,
+    read_yaml,
+    resolve,
+)
 
 DTYPES = {
     "keep": None,
@@ -30,7 +37,6 @@ DTYPES = {
     "f32": torch.float32,
 }
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-AXES = ("tp", "pp", "dp")
 
 
 @dataclass
@@ -128,22 +134,6 @@ class JobConfig:
     like: Path | None
 
 
-def shipped() -> Path:
-    """The directory of the topologies that are shipped: in a wheel, or in the source tree."""
-    packaged = Path(__file__).with_name("configs")
-    return packaged if packaged.is_dir() else packaged.parents[1] / "configs"
-
-
-def topology_names() -> list[str]:
-    """The topologies that have a file of their own."""
-    return sorted(item.stem for item in shipped().glob("*.yaml"))
-
-
-def model_names() -> list[str]:
-    """The models that come with the program."""
-    return sorted(item.stem for item in (shipped() / "models").glob("*.yaml"))
-
-
 def parse_size(text: str, key: str) -> int:
     """Bytes from `256MiB`, `5GB` or a plain number; `key` is for the message."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", str(text).strip(), re.IGNORECASE)
@@ -152,21 +142,15 @@ def parse_size(text: str, key: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def near(word: str, known: Sequence[str]) -> str:
-    """A hint with the closest of the known words."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean `{close[0]}`?" if close else f"use one of {', '.join(known)}"
-
-
 def load(src: str | None, dst: str | None, overrides: Sequence[str], file: str | None) -> JobConfig:
     """Merge topologies, job file and overrides, in this order, and check all of it."""
-    tree = _read_yaml(Path(file)) if file else {}
+    tree = read_yaml(Path(file)) if file else {}
     given = _merge([tree, _dotlist(overrides), _topologies(src, dst)], "configuration")
     sides = {}
     for name in ("src", "dst"):
         side = given.get(name)
         spec = side.get("topology") if isinstance(side, Mapping) else None
-        sides[name] = _resolve(spec, name) if spec else {}
+        sides[name] = resolve(spec, name) if spec else {}
     schema = _typed([sides, given])
     return _checked(schema)
 
@@ -182,33 +166,12 @@ def _dotlist(overrides: Sequence[str]) -> dict[str, Json]:
         key, equals, _ = item.partition("=")
         if not equals or not re.fullmatch(r"(src|dst|engine)(\.\w+)+", key):
             raise ConfigError(f"`{item}` is not KEY=VALUE with a key below src, dst or engine")
-    return _container(OmegaConf.from_dotlist(list(overrides)), "command line")
-
-
-def _read_yaml(path: Path) -> dict[str, Json]:
-    """A YAML file as plain data."""
-    text = common.read_text(path)
-    try:
-        return _container(OmegaConf.create(text), str(path))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"`{path}`: {_first_line(error)}") from None
-    except Exception as error:  # yaml's errors have no base that OmegaConf names
-        raise ConfigError(f"`{path}`: not valid YAML: {_first_line(error)}") from None
-
-
-def _container(value: object, name: str) -> dict[str, Json]:
-    if not isinstance(value, DictConfig):
-        raise ConfigError(f"`{name}`: expected keys and values")
-    return cast(dict[str, Json], OmegaConf.to_container(value, resolve=True))
+    return container(OmegaConf.from_dotlist(list(overrides)), "command line")
 
 
 def _merge(trees: Sequence[Mapping[str, Json]], name: str) -> dict[str, Json]:
     merged = OmegaConf.merge(*(OmegaConf.create(dict(tree)) for tree in trees))
-    return _container(merged, name)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return container(merged, name)
 
 
 def _typed(trees: Sequence[Mapping[str, Json]]) -> Schema:
@@ -220,7 +183,7 @@ def _typed(trees: Sequence[Mapping[str, Json]]) -> Schema:
         return cast(Schema, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
-        raise ConfigError(f"{key or 'configuration'}: {_first_line(error)}") from None
+        raise ConfigError(f"{key or 'configuration'}: {first_line(error)}") from None
 
 
 def _check_keys(tree: Mapping[str, Json]) -> None:
@@ -243,69 +206,6 @@ def _check_keys(tree: Mapping[str, Json]) -> None:
                 raise ConfigError(
                     f"unknown key `{name}.mesh.{wrong[0]}`: {near(str(wrong[0]), AXES)}"
                 )
-
-
-def _resolve(spec: Json, side: str) -> dict[str, Json]:
-    """What a SPEC stands for: a directory, a YAML file, or a topology's name."""
-    if not isinstance(spec, str):
-        raise ConfigError(f"{side}.topology: {spec!r} is not a name")
-    path = Path(spec)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return _read_yaml(path)
-    own = shipped() / f"{spec}.yaml"
-    if re.fullmatch(r"[\w.-]+", spec) and own.is_file():
-        return _container(OmegaConf.create(own.read_text(encoding="utf-8")), spec)
-    if (like := _numbered(spec)) is not None:
-        return like
-    if path.is_dir():
-        if side == "dst":
-            raise ConfigError(
-                f"--dst {spec}: a directory is not a target; name a topology, "
-                f"and give dst.path={spec}"
-            )
-        return {"path": spec}
-    if "/" in spec or path.suffix in (".yaml", ".yml"):
-        raise ConfigError(f"--{side} {spec}: no such directory or file")
-    raise ConfigError(f"--{side}: topology `{spec}` is not known: {near(spec, topology_names())}")
-
-
-def _numbered(name: str) -> dict[str, Json] | None:
-    """The topology of a name like `meta3` or `tp3pp2`: of the same kind as one that has a file."""
-    parts = re.findall(r"([a-z]+)(\d{1,6})", name)
-    if not parts or "".join(word + number for word, number in parts) != name:
-        return None
-    if any(int(number) < 1 for _, number in parts):
-        raise ConfigError(f"topology `{name}`: sizes begin at 1")
-    words = [word for word, _ in parts]
-    if len(set(words)) != len(words):
-        return None
-    on_axes = set(words) <= set(AXES)
-    pattern = re.compile(r"tp\d+" if on_axes else rf"{words[0]}\d+")
-    like = next((known for known in topology_names() if pattern.fullmatch(known)), None)
-    if like is None or not (on_axes or len(words) == 1):
-        return None
-    tree = _container(
-        OmegaConf.create((shipped() / f"{like}.yaml").read_text(encoding="utf-8")), like
-    )
-    if on_axes:
-        return {**tree, "mesh": {word: int(number) for word, number in parts}}
-    mesh = tree["mesh"]
-    return {**tree, "mesh": dict.fromkeys(mesh, int(parts[0][1])) if isinstance(mesh, dict) else {}}
-
-
-def read_model(spec: str) -> ModelConfig:
-    """A model by its name in configs/models/, or by the path of a config.json."""
-    path = Path(spec)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.is_file():
-        return from_hf(common.read_json(path), str(path))
-    own = shipped() / "models" / f"{spec}.yaml"
-    if re.fullmatch(r"[\w.-]+", spec) and own.is_file():
-        return from_hf(_container(OmegaConf.create(own.read_text(encoding="utf-8")), spec), spec)
-    raise ConfigError(
-        f"src.model: `{spec}` is neither a file nor a known model: {near(spec, model_names())}"
-    )
 
 
 def _checked(schema: Schema) -> JobConfig:

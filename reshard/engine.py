@@ -25,10 +25,12 @@ from reshard.buffers import (
     runs_of,
 )
 from reshard.errors import ConfigError
+from reshard.geometry import Region
 from reshard.journal import Journal, Record
-from reshard.layout import Region, StoredTensor
+from reshard.layout import StoredTensor
+from reshard.moves import Message, Move, wire_itemsize
 from reshard.packing import Packed, copies, packed, plain
-from reshard.plan import Message, Move, Plan, wire_itemsize
+from reshard.plan import Plan
 from reshard.storage import Files
 
 RESERVED_BYTES = 12 << 20

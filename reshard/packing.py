@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 
-from reshard.layout import Placement, Region, Window, row_major
+from reshard.geometry import Placement, Region, Window, row_major
 
 
 @dataclass(frozen=True, slots=True, eq=False)

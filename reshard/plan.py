@@ -15,7 +15,9 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
 from reshard.errors import ConfigError
-from reshard.layout import Layout, Region, Slot, StoredTensor, disjoint, whole
+from reshard.geometry import Region, whole
+from reshard.layout import Layout, Slot, StoredTensor
+from reshard.moves import Block, Load, Move, loads_of, messages
 
 MAX_BLOCK_BYTES = 4 << 20
 MIN_BLOCK_BYTES = 4 << 10
@@ -23,56 +25,6 @@ BLOCKS_AIMED_AT = 1024
 TIE_PERIOD = 8
 EXCHANGES = ("collective", "direct")
 WRITERS = ("nearest", "owner")
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Whole rows of one parameter; `ordinal` is what dealing and tie-breaking rotate by."""
-
-    parameter: str
-    region: Region
-    ordinal: int
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A box that `reader` holds in `stored`, and `writer` needs."""
-
-    reader: int
-    writer: int
-    region: Region
-    stored: StoredTensor
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """All that happens to one block: which ranks read and write, and what crosses between them."""
-
-    block: Block
-    reads: tuple[tuple[int, StoredTensor], ...]
-    pieces: tuple[tuple[int, StoredTensor], ...]
-    messages: tuple[Message, ...]
-
-
-@dataclass(slots=True)
-class Load:
-    """Bytes of one rank."""
-
-    read: int = 0
-    sent: int = 0
-    received: int = 0
-    written: int = 0
-
-    def add(self, other: "Load") -> None:
-        """Count `other` in."""
-        self.read += other.read
-        self.sent += other.sent
-        self.received += other.received
-        self.written += other.written
-
-    def largest(self) -> int:
-        """The largest of the four."""
-        return max(self.read, self.sent, self.received, self.written)
 
 
 @lru_cache(maxsize=256)
@@ -247,7 +199,7 @@ class Plan:
             (self._writer(block, piece, reads), piece)
             for piece in self.target.tensors_on(block.parameter, block.region)
         )
-        return Move(block, reads, pieces, tuple(_messages(reads, pieces)))
+        return Move(block, reads, pieces, tuple(messages(reads, pieces)))
 
     # The order of work.
 
@@ -398,42 +350,3 @@ def _volume(slots: Sequence[Slot]) -> int:
         sizes = (stop - start for start, stop in map(cut.bounds, range(cut.parts)))
         total += sum(sizes) * elsewhere * slot.dtype.itemsize
     return total
-
-
-def _messages(
-    reads: Sequence[tuple[int, StoredTensor]], pieces: Sequence[tuple[int, StoredTensor]]
-) -> Iterator[Message]:
-    """What each writer needs of what other ranks read, each element once."""
-    needed: dict[int, list[Region]] = {}
-    for writer, piece in pieces:
-        needed.setdefault(writer, []).append(piece.region)
-    for writer, regions in needed.items():
-        foreign = [(rank, stored) for rank, stored in reads if rank != writer and stored.copy == 0]
-        for box in disjoint(regions) if foreign else ():
-            for reader, stored in foreign:
-                common = stored.region & box
-                if common is not None:
-                    yield Message(reader, writer, common, stored)
-
-
-def wire_itemsize(message: Message, target: StoredTensor) -> int:
-    """Bytes per element on the wire: the narrower of the two dtypes."""
-    return min(message.stored.dtype.itemsize, target.dtype.itemsize)
-
-
-def loads_of(move: Move, align: int) -> dict[int, Load]:
-    """The bytes that one move puts on each rank it concerns, each part rounded up to `align`."""
-    loads: dict[int, Load] = {}
-
-    def up(nbytes: int) -> int:
-        return -(-nbytes // align) * align
-
-    for rank, stored in move.reads:
-        loads.setdefault(rank, Load()).read += up(stored.nbytes)
-    for rank, piece in move.pieces:
-        loads.setdefault(rank, Load()).written += up(piece.nbytes)
-    for message in move.messages:
-        nbytes = up(message.region.numel * wire_itemsize(message, move.pieces[0][1]))
-        loads.setdefault(message.reader, Load()).sent += nbytes
-        loads.setdefault(message.writer, Load()).received += nbytes
-    return loads

@@ -8,7 +8,8 @@ import torch
 from reshard import containers
 from reshard.engine import Check
 from reshard.errors import CheckpointError
-from reshard.layout import Region, StoredTensor, row_major
+from reshard.geometry import Region, row_major
+from reshard.layout import StoredTensor
 from reshard.packing import copies, packed, plain
 from reshard.storage import read_bytes
 

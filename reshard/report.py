@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from reshard.engine import Counters
-from reshard.plan import Load, Plan
+from reshard.moves import Load
+from reshard.plan import Plan
 
 if TYPE_CHECKING:
-    from reshard.job import Prepared
+    from reshard.prepare import Prepared
 
 LINE_SECONDS = 10.0
 FILES_SHOWN = 16

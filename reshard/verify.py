@@ -16,9 +16,11 @@ from reshard.errors import CheckpointError, LayoutError, VerifyError
 from reshard.families.model import Json
 from reshard.formats import common
 from reshard.formats.options import Options, Scan
-from reshard.layout import Region, check_same_parameters
+from reshard.geometry import Region
+from reshard.layout import check_same_parameters
+from reshard.moves import Move
 from reshard.packing import copies
-from reshard.plan import Move, Plan
+from reshard.plan import Plan
 from reshard.report import size_text
 from reshard.storage import Files
 

@@ -143,7 +143,10 @@ class Watcher(threading.Thread):
         """Name the rank that works without getting on while the others wait for it."""
         said = {rank: self._peer(rank) for rank in range(self._world)}
         known = {rank: other for rank, other in said.items() if other is not None}
-        busy = {rank: other for rank, other in known.items() if not other.waiting} or known
+        beats = self.activity.beat - SILENT_SECONDS / BEAT_SECONDS
+        silent = {rank: other for rank, other in known.items() if other.beat < beats}
+        working = {rank: other for rank, other in known.items() if not other.waiting}
+        busy = silent or working or known
         rank = min(busy, key=lambda rank: busy[rank].steps)
         return (
             f"rank {rank} made no progress for {self._timeout:g} s (engine.timeout) "

@@ -79,7 +79,7 @@ class Workspace:
             os.close(descriptor)
 
     def begin(self, *, force: bool) -> State:
-        """Look at what is there, and make the partial directory. Refuses what it must not touch."""
+        """Look at what is there; refuse what must not be touched, discard what --force gives up."""
         if self._finished():
             shutil.rmtree(self.partial, ignore_errors=True)
             return State.DONE
@@ -92,11 +92,13 @@ class Workspace:
                     "remove the directory, or give --force to discard it"
                 )
             shutil.rmtree(other)
-        resumed = self.journals.is_dir()
+        return State.RESUMED if self.journals.is_dir() else State.FRESH
+
+    def make(self) -> None:
+        """Make the partial directory where there is none."""
         with explained("create", self.partial):
             self.data.mkdir(parents=True, exist_ok=True)
             self.journals.mkdir(exist_ok=True)
-        return State.RESUMED if resumed else State.FRESH
 
     def _finished(self) -> bool:
         """Whether the target is the finished result of this very job."""

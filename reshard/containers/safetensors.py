@@ -16,7 +16,7 @@ import torch
 
 from reshard.containers import Entry, FileIndex, Skeleton, TensorSpec
 from reshard.errors import CheckpointError, LayoutError
-from reshard.layout import row_major
+from reshard.geometry import row_major
 
 SUFFIXES: tuple[str, ...] = (".safetensors",)
 

@@ -15,7 +15,7 @@ import torch
 
 from reshard.containers import TensorSpec
 from reshard.errors import LayoutError
-from reshard.layout import row_major
+from reshard.geometry import row_major
 
 _STORAGES = {
     "torch DoubleStorage": torch.float64,

@@ -26,65 +26,32 @@ def parameters(model: ModelConfig) -> list[Parameter]:
 
 
 def _layer(model: ModelConfig, layer: int) -> list[Parameter]:
-    """One decoder layer; biases of column-parallel projections are cut with their rows."""
-    name = f"model.layers.{layer}.".__add__
-    make = partial(Parameter, layer=layer, dtype=getattr(torch, model.dtype))
+    """One decoder layer: its projections with their biases, then its norms."""
     hidden, head, ffn = model.hidden, model.head_dim, model.intermediate
     queries, keys = model.heads * head, model.kv_heads * head
-    found = [
-        make(
-            name("self_attn.q_proj.weight"),
-            (queries, hidden),
-            "attention.q",
-            dim=0,
-            head=head,
-            rotary=True,
-        ),
-        make(
-            name("self_attn.k_proj.weight"),
-            (keys, hidden),
-            "attention.k",
-            dim=0,
-            head=head,
-            rotary=True,
-        ),
-        make(name("self_attn.v_proj.weight"), (keys, hidden), "attention.v", dim=0, head=head),
-        make(name("self_attn.o_proj.weight"), (hidden, queries), "attention.o", dim=1),
-    ]
-    if model.attention_bias:
-        found += [
-            make(
-                name("self_attn.q_proj.bias"),
-                (queries,),
-                "attention.q.bias",
-                dim=0,
-                head=head,
-                rotary=True,
-            ),
-            make(
-                name("self_attn.k_proj.bias"),
-                (keys,),
-                "attention.k.bias",
-                dim=0,
-                head=head,
-                rotary=True,
-            ),
-            make(name("self_attn.v_proj.bias"), (keys,), "attention.v.bias", dim=0, head=head),
-            make(name("self_attn.o_proj.bias"), (hidden,), "attention.o.bias"),
-        ]
-    found += [
-        make(name("mlp.gate_proj.weight"), (ffn, hidden), "mlp.gate", dim=0),
-        make(name("mlp.up_proj.weight"), (ffn, hidden), "mlp.up", dim=0),
-        make(name("mlp.down_proj.weight"), (hidden, ffn), "mlp.down", dim=1),
-    ]
-    if model.mlp_bias:
-        found += [
-            make(name("mlp.gate_proj.bias"), (ffn,), "mlp.gate.bias", dim=0),
-            make(name("mlp.up_proj.bias"), (ffn,), "mlp.up.bias", dim=0),
-            make(name("mlp.down_proj.bias"), (hidden,), "mlp.down.bias"),
-        ]
-    return [
-        *found,
-        make(name("input_layernorm.weight"), (hidden,), "attention.norm"),
-        make(name("post_attention_layernorm.weight"), (hidden,), "mlp.norm"),
-    ]
+    prefix = f"model.layers.{layer}."
+    make = partial(Parameter, layer=layer, dtype=getattr(torch, model.dtype))
+    q = partial(make, dim=0, head=head, rotary=True)
+    v = partial(make, dim=0, head=head)
+    column, row = partial(make, dim=0), partial(make, dim=1)
+    attention = (
+        ("self_attn.q_proj", "attention.q", (queries, hidden), q),
+        ("self_attn.k_proj", "attention.k", (keys, hidden), q),
+        ("self_attn.v_proj", "attention.v", (keys, hidden), v),
+        ("self_attn.o_proj", "attention.o", (hidden, queries), row),
+    )
+    mlp = (
+        ("mlp.gate_proj", "mlp.gate", (ffn, hidden), column),
+        ("mlp.up_proj", "mlp.up", (ffn, hidden), column),
+        ("mlp.down_proj", "mlp.down", (hidden, ffn), row),
+    )
+    found = []
+    for group, biased in ((attention, model.attention_bias), (mlp, model.mlp_bias)):
+        for module, role, shape, kind in group:
+            found.append(kind(f"{prefix}{module}.weight", shape, role))
+            if biased:
+                # A column-parallel bias is cut with the rows, a row-parallel one not at all.
+                bias = make if kind is row else kind
+                found.append(bias(f"{prefix}{module}.bias", shape[:1], f"{role}.bias"))
+    norms = (("input_layernorm", "attention.norm"), ("post_attention_layernorm", "mlp.norm"))
+    return [*found, *(make(f"{prefix}{name}.weight", (hidden,), role) for name, role in norms)]

@@ -135,4 +135,4 @@ def to_hf(model: ModelConfig) -> dict[str, Json]:
     named = {theirs: record[ours] for theirs, ours in HF_NAMES.items()}
     if model.pad is None:
         del named["pad_token_id"]
-    return {**model.extras, **named, "model_type": model.model_type}
+    return {"hidden_act": "silu", **model.extras, **named, "model_type": model.model_type}

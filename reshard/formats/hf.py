@@ -14,7 +14,8 @@ from reshard.errors import CheckpointError, LayoutError
 from reshard.families.model import ModelConfig, from_hf, to_hf
 from reshard.formats import common
 from reshard.formats.options import Mesh, Options, Scan
-from reshard.layout import Layout, Parameter, Placement, Slot, uncut
+from reshard.geometry import Placement, uncut
+from reshard.layout import Layout, Parameter, Slot
 
 NAME = "hf"
 ASSETS = (

@@ -20,7 +20,8 @@ from reshard.families.model import Json, ModelConfig
 from reshard.formats import common, meta_params
 from reshard.formats.options import Mesh, Options, Scan
 from reshard.formats.sampling import equal_head_groups, rows_agree
-from reshard.layout import Constant, Content, Cut, Layout, Parameter, Placement, Slot, uncut
+from reshard.geometry import Cut, Placement, uncut
+from reshard.layout import Constant, Content, Layout, Parameter, Slot
 
 NAME = "meta"
 ASSETS = ("tokenizer.model",)

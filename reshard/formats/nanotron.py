@@ -6,15 +6,12 @@ Every sharded file says in its header which slices of the whole tensor it holds,
 against the layout.
 """
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from reshard import containers
 from reshard.errors import CheckpointError, LayoutError
 from reshard.families import parameters as parameters_of
 from reshard.families.model import ModelConfig, from_hf
@@ -27,34 +24,30 @@ from reshard.formats.nanotron_files import (
     training_config,
     wrong_slices,
 )
+from reshard.formats.nanotron_tree import (
+    FILE,
+    KEY,
+    MODULES,
+    SUFFIX,
+    check_files,
+    only_entry,
+    step,
+    topology,
+)
 from reshard.formats.options import Mesh, Options, Scan
-from reshard.layout import Cut, Layout, Parameter, Placement, Slot, uncut
+from reshard.geometry import Cut, Placement, uncut
+from reshard.layout import Layout, Parameter, Slot
 
 NAME = "nanotron"
 ASSETS: tuple[str, ...] = ()
-KEY = "data"
-FILE = "model/model/{module}/model_weight{suffix}.safetensors"
-SUFFIX = "_pp-rank-{stage}-of-{pp}_tp-rank-{{shard}}-of-{tp}"
-FILE_NAME = re.compile(
-    r"model_weight(?:_pp-rank-(\d{1,6})-of-(\d{1,6})_tp-rank-(\d{1,6})-of-(\d{1,6}))?\.safetensors"
-)
-MODULES = {
-    "embedding": "token_position_embeddings/pp_block/token_embedding",
-    "attention.q": "decoder/{layer}/pp_block/attn/qkv_proj",
-    "attention.k": "decoder/{layer}/pp_block/attn/qkv_proj",
-    "attention.v": "decoder/{layer}/pp_block/attn/qkv_proj",
-    "attention.o": "decoder/{layer}/pp_block/attn/o_proj",
-    "mlp.gate": "decoder/{layer}/pp_block/mlp/gate_up_proj",
-    "mlp.up": "decoder/{layer}/pp_block/mlp/gate_up_proj",
-    "mlp.down": "decoder/{layer}/pp_block/mlp/down_proj",
-    "attention.norm": "decoder/{layer}/pp_block/input_layernorm",
-    "mlp.norm": "decoder/{layer}/pp_block/post_attention_layernorm",
-    "norm": "final_layer_norm/pp_block",
-    "output": "lm_head/pp_block",
-}
 FUSED = (("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up"))
 VOCABULARY = ("embedding", "output")
-LEFT_BEHIND = ("optimizer", "lr_scheduler", "random")
+LEFT_BEHIND = {
+    "optimizer": "optimizer states and fp32 master weights",
+    "lr_scheduler": "learning-rate scheduler",
+    "random": "random states",
+    "checkpoint_metadata.json": "training counters",
+}
 
 
 def layout(parameters: Sequence[Parameter], model: ModelConfig, options: Options) -> Layout:
@@ -203,13 +196,13 @@ def detect(path: Path) -> bool:
 
 def scan(path: Path, options: Options) -> Scan:
     """Read a step directory's layout from model_config.json and its files' names and headers."""
-    root = _step(path)
-    mesh, stages = _topology(root, options)
+    root = step(path)
+    mesh, stages = topology(root, options)
     entries = root / FILE.format(
         module=MODULES["embedding"],
         suffix=SUFFIX.format(stage=stages["embedding"], pp=mesh.pp, tp=mesh.tp),
     )
-    rows_per_shard = _only_entry(Path(str(entries).format(shard=0))).shape[0]
+    rows_per_shard = only_entry(Path(str(entries).format(shard=0))).shape[0]
     model, interleaved, assumed = _model(root, options, rows_per_shard * mesh.tp)
     stages = {**dict.fromkeys(assign_stages(model, 1, 1), mesh.pp - 1), **stages}
     options = replace(
@@ -221,14 +214,14 @@ def scan(path: Path, options: Options) -> Scan:
     )
     expected = parameters_of(model)
     named = layout(expected, model, options)
-    _check_files(root, named, mesh)
+    check_files(root, named, mesh)
     dtypes = {
-        slot.parameter: _only_entry(root / slot.file.format(shard=0)).dtype for slot in named.slots
+        slot.parameter: only_entry(root / slot.file.format(shard=0)).dtype for slot in named.slots
     }
     stored = common.with_stored_dtypes(expected, dtypes)
     model = replace(model, dtype=common.dominant_dtype(dtypes.values()))
     found = layout(stored, model, options)
-    left = tuple(name for name in LEFT_BEHIND if (root / name).exists())
+    left = tuple(what for name, what in LEFT_BEHIND.items() if (root / name).exists())
     return Scan(
         model,
         stored,
@@ -239,81 +232,6 @@ def scan(path: Path, options: Options) -> Scan:
         left,
         wrong_metadata=partial(wrong_slices, found),
     )
-
-
-def _step(path: Path) -> Path:
-    """The step directory that a run's folder names as its latest, or `path` itself."""
-    if not (path / "latest.txt").is_file():
-        return path
-    step = common.read_text(path / "latest.txt").strip()
-    if not re.fullmatch(r"\d{1,12}", step) or not (path / step).is_dir():
-        raise CheckpointError(
-            f"`{path / 'latest.txt'}`: names step `{step[:40]}`, which is not there"
-        )
-    return path / step
-
-
-def _stored_files(root: Path) -> list[str]:
-    """Every safetensors file below model/, relative to the step directory."""
-    found = []
-    for folder, _, names in os.walk(root / "model"):
-        found += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in names
-            if name.endswith(".safetensors")
-        ]
-    return sorted(found)
-
-
-def _topology(root: Path, options: Options) -> tuple[Mesh, dict[str, int]]:
-    """The mesh and the stages that the file names tell; files of more than one mesh are refused."""
-    sizes: dict[tuple[int, int], str] = {}
-    stages: dict[str, int] = {}
-    for file in _stored_files(root):
-        match = FILE_NAME.fullmatch(os.path.basename(file))
-        if match is None:
-            raise CheckpointError(
-                f"`{root / file}`: not the name of a file that Nanotron writes for a dense Llama"
-            )
-        if match[1] is None:
-            continue
-        sizes.setdefault((int(match[2]), int(match[4])), file)
-        stages.setdefault(_block_of(file), int(match[1]))
-    if len(sizes) != 1:
-        shown = " and ".join(f"`{file}`" for file in sizes.values()) or "no sharded file"
-        raise CheckpointError(
-            f"`{root}`: {shown}: expected files of one topology; remove the stale ones"
-        )
-    if "embedding" not in stages:
-        raise CheckpointError(f"`{root}`: no file of {MODULES['embedding']} is there")
-    (pp, tp), file = next(iter(sizes.items()))
-    asked = options.mesh
-    if asked and (asked.tp, asked.pp) != (tp, pp):
-        raise CheckpointError(
-            f"`{root}`: holds tp={tp} pp={pp} (`{file}`), "
-            f"but the source is tp={asked.tp} pp={asked.pp}"
-        )
-    return Mesh(tp=tp, pp=pp, dp=asked.dp if asked else 1), stages
-
-
-def _block_of(file: str) -> str:
-    """The pipeline block of a file's path."""
-    parts = file.split("/")
-    modules = {
-        "token_position_embeddings": "embedding",
-        "final_layer_norm": "norm",
-        "lm_head": "output",
-    }
-    name = parts[2] if len(parts) > 3 else ""
-    return parts[3] if name == "decoder" else modules.get(name, name)
-
-
-def _only_entry(path: Path) -> containers.Entry:
-    """The one tensor of a file."""
-    entries = containers.index(path).entries
-    if list(entries) != [KEY]:
-        raise CheckpointError(f"`{path}`: holds {sorted(entries)[:3]}, expected one tensor `{KEY}`")
-    return entries[KEY]
 
 
 def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, list[str]]:
@@ -359,21 +277,6 @@ def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, 
     if options.tied is not None:
         model = replace(model, tied=options.tied)
     return model, bool(interleaved), assumed
-
-
-def _check_files(root: Path, found: Layout, mesh: Mesh) -> None:
-    """Refuse a directory that lacks a file of its topology, or has one that does not belong."""
-    stored, expected = set(_stored_files(root)), set(found.files)
-    if missing := sorted(expected - stored):
-        raise CheckpointError(
-            f"`{root / missing[0]}` is missing: {len(missing)} of {len(expected)} files of "
-            f"tp={mesh.tp} pp={mesh.pp}"
-        )
-    if stale := sorted(stored - expected):
-        raise CheckpointError(
-            f"`{root / stale[0]}` does not belong to this model at tp={mesh.tp} pp={mesh.pp} "
-            f"({len(stale)} such files); is it a leftover of another run?"
-        )
 
 
 def side_files(model: ModelConfig, layout: Layout, options: Options) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from isal import isal_zlib
 
 from reshard import containers, storage
 from reshard.containers import Entry
-from reshard.layout import row_major
+from reshard.geometry import row_major
 
 SAMPLED_ROWS = 16
 CHUNK_BYTES = 1 << 20

@@ -1,0 +1,130 @@
+"""The tree of files of a Nanotron step: its names, and the mesh and the stages that they tell."""
+
+import os
+import re
+from pathlib import Path
+
+from reshard import containers
+from reshard.errors import CheckpointError
+from reshard.formats import common
+from reshard.formats.options import Mesh, Options
+from reshard.layout import Layout
+
+KEY = "data"
+
+
+FILE = "model/model/{module}/model_weight{suffix}.safetensors"
+
+
+SUFFIX = "_pp-rank-{stage}-of-{pp}_tp-rank-{{shard}}-of-{tp}"
+
+
+FILE_NAME = re.compile(
+    r"model_weight(?:_pp-rank-(\d{1,6})-of-(\d{1,6})_tp-rank-(\d{1,6})-of-(\d{1,6}))?\.safetensors"
+)
+
+
+MODULES = {
+    "embedding": "token_position_embeddings/pp_block/token_embedding",
+    "attention.q": "decoder/{layer}/pp_block/attn/qkv_proj",
+    "attention.k": "decoder/{layer}/pp_block/attn/qkv_proj",
+    "attention.v": "decoder/{layer}/pp_block/attn/qkv_proj",
+    "attention.o": "decoder/{layer}/pp_block/attn/o_proj",
+    "mlp.gate": "decoder/{layer}/pp_block/mlp/gate_up_proj",
+    "mlp.up": "decoder/{layer}/pp_block/mlp/gate_up_proj",
+    "mlp.down": "decoder/{layer}/pp_block/mlp/down_proj",
+    "attention.norm": "decoder/{layer}/pp_block/input_layernorm",
+    "mlp.norm": "decoder/{layer}/pp_block/post_attention_layernorm",
+    "norm": "final_layer_norm/pp_block",
+    "output": "lm_head/pp_block",
+}
+
+
+def step(path: Path) -> Path:
+    """The step directory that a run's folder names as its latest, or `path` itself."""
+    if not (path / "latest.txt").is_file():
+        return path
+    step = common.read_text(path / "latest.txt").strip()
+    if not re.fullmatch(r"\d{1,12}", step) or not (path / step).is_dir():
+        raise CheckpointError(
+            f"`{path / 'latest.txt'}`: names step `{step[:40]}`, which is not there"
+        )
+    return path / step
+
+
+def stored_files(root: Path) -> list[str]:
+    """Every safetensors file below model/, relative to the step directory."""
+    found = []
+    for folder, _, names in os.walk(root / "model"):
+        found += [
+            os.path.relpath(os.path.join(folder, name), root)
+            for name in names
+            if name.endswith(".safetensors")
+        ]
+    return sorted(found)
+
+
+def topology(root: Path, options: Options) -> tuple[Mesh, dict[str, int]]:
+    """The mesh and the stages that the file names tell; files of more than one mesh are refused."""
+    sizes: dict[tuple[int, int], str] = {}
+    stages: dict[str, int] = {}
+    for file in stored_files(root):
+        match = FILE_NAME.fullmatch(os.path.basename(file))
+        if match is None:
+            raise CheckpointError(
+                f"`{root / file}`: not the name of a file that Nanotron writes for a dense Llama"
+            )
+        if match[1] is None:
+            continue
+        sizes.setdefault((int(match[2]), int(match[4])), file)
+        stages.setdefault(block_of(file), int(match[1]))
+    if len(sizes) != 1:
+        shown = " and ".join(f"`{file}`" for file in sizes.values()) or "no sharded file"
+        raise CheckpointError(
+            f"`{root}`: {shown}: expected files of one topology; remove the stale ones"
+        )
+    if "embedding" not in stages:
+        raise CheckpointError(f"`{root}`: no file of {MODULES['embedding']} is there")
+    (pp, tp), file = next(iter(sizes.items()))
+    asked = options.mesh
+    if asked and (asked.tp, asked.pp) != (tp, pp):
+        raise CheckpointError(
+            f"`{root}`: holds tp={tp} pp={pp} (`{file}`), "
+            f"but the source is tp={asked.tp} pp={asked.pp}"
+        )
+    return Mesh(tp=tp, pp=pp, dp=asked.dp if asked else 1), stages
+
+
+def block_of(file: str) -> str:
+    """The pipeline block of a file's path."""
+    parts = file.split("/")
+    modules = {
+        "token_position_embeddings": "embedding",
+        "final_layer_norm": "norm",
+        "lm_head": "output",
+    }
+    name = parts[2] if len(parts) > 3 else ""
+    return parts[3] if name == "decoder" else modules.get(name, name)
+
+
+def only_entry(path: Path) -> containers.Entry:
+    """The one tensor of a file."""
+    entries = containers.index(path).entries
+    if list(entries) != [KEY]:
+        raise CheckpointError(f"`{path}`: holds {sorted(entries)[:3]}, expected one tensor `{KEY}`")
+    return entries[KEY]
+
+
+def check_files(root: Path, found: Layout, mesh: Mesh) -> None:
+    """Refuse a directory that lacks a file of its topology, or has one that does not belong."""
+    stored, expected = set(stored_files(root)), set(found.files)
+    if missing := sorted(expected - stored):
+        raise CheckpointError(
+            f"`{root / missing[0]}` is missing: {len(missing)} of {len(expected)} files of "
+            f"tp={mesh.tp} pp={mesh.pp}"
+        )
+    if stale := sorted(stored - expected):
+        raise CheckpointError(
+            f"`{root / stale[0]}` does not belong to this model at tp={mesh.tp} pp={mesh.pp} "
+            f"({len(stale)} such files); is it a leftover of another run?"
+        )

@@ -1,0 +1,96 @@
+"""What happens to one block of a parameter: who reads it, who writes it, and what crosses. Pure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from reshard.geometry import Region, disjoint
+from reshard.layout import StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Whole rows of one parameter; `ordinal` is what dealing and tie-breaking rotate by."""
+
+    parameter: str
+    region: Region
+    ordinal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A box that `reader` holds in `stored`, and `writer` needs."""
+
+    reader: int
+    writer: int
+    region: Region
+    stored: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """All that happens to one block: which ranks read and write, and what crosses between them."""
+
+    block: Block
+    reads: tuple[tuple[int, StoredTensor], ...]
+    pieces: tuple[tuple[int, StoredTensor], ...]
+    messages: tuple[Message, ...]
+
+
+@dataclass(slots=True)
+class Load:
+    """Bytes of one rank."""
+
+    read: int = 0
+    sent: int = 0
+    received: int = 0
+    written: int = 0
+
+    def add(self, other: "Load") -> None:
+        """Count `other` in."""
+        self.read += other.read
+        self.sent += other.sent
+        self.received += other.received
+        self.written += other.written
+
+    def largest(self) -> int:
+        """The largest of the four."""
+        return max(self.read, self.sent, self.received, self.written)
+
+
+def messages(
+    reads: Sequence[tuple[int, StoredTensor]], pieces: Sequence[tuple[int, StoredTensor]]
+) -> Iterator[Message]:
+    """What each writer needs of what other ranks read, each element once."""
+    needed: dict[int, list[Region]] = {}
+    for writer, piece in pieces:
+        needed.setdefault(writer, []).append(piece.region)
+    for writer, regions in needed.items():
+        foreign = [(rank, stored) for rank, stored in reads if rank != writer and stored.copy == 0]
+        for box in disjoint(regions) if foreign else ():
+            for reader, stored in foreign:
+                common = stored.region & box
+                if common is not None:
+                    yield Message(reader, writer, common, stored)
+
+
+def wire_itemsize(message: Message, target: StoredTensor) -> int:
+    """Bytes per element on the wire: the narrower of the two dtypes."""
+    return min(message.stored.dtype.itemsize, target.dtype.itemsize)
+
+
+def loads_of(move: Move, align: int) -> dict[int, Load]:
+    """The bytes that one move puts on each rank it concerns, each part rounded up to `align`."""
+    loads: dict[int, Load] = {}
+
+    def up(nbytes: int) -> int:
+        return -(-nbytes // align) * align
+
+    for rank, stored in move.reads:
+        loads.setdefault(rank, Load()).read += up(stored.nbytes)
+    for rank, piece in move.pieces:
+        loads.setdefault(rank, Load()).written += up(piece.nbytes)
+    for message in move.messages:
+        nbytes = up(message.region.numel * wire_itemsize(message, move.pieces[0][1]))
+        loads.setdefault(message.reader, Load()).sent += nbytes
+        loads.setdefault(message.writer, Load()).received += nbytes
+    return loads
