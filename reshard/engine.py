@@ -58,7 +58,6 @@ class Counters:
     exchanged: int = 0
     written: int = 0
     resumed: int = 0
-    blocks: int = 0
 
 
 @dataclass(slots=True)
@@ -231,7 +230,7 @@ class Engine:
 
     def _swap(self, current: Round, source: Buffer) -> dict[int, list[tuple[Message, int]]]:
         """Exchange the messages of a round; where each that came lies in the buffer, by move."""
-        if self._exchange is None:
+        if self._exchange is None or not any(move.messages for move in current.moves):
             return {}
         outgoing, sent_bytes = self._line_up(current, incoming=False)
         incoming, received_bytes = self._line_up(current, incoming=True)
@@ -324,7 +323,6 @@ class Engine:
             self._target_files.write(file, offset, views)
             self._target_files.push(file, offset, sum(v.nbytes for v in views))
         self._journal.append(records)
-        self.counters.blocks += len(current.moves)
         return sum(
             move.block.region.numel * move.pieces[0][1].dtype.itemsize for move in current.moves
         )

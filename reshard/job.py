@@ -184,7 +184,9 @@ class _Run:
         """Compare copies; copies that must agree and do not make the whole result worthless."""
         scan = self.prepared.scan
         assert scan is not None
+        place = {name: number for number, name in enumerate(self.plan.names)}
         found = [check for part in self.ranks.gather(checks) for check in part]
+        found.sort(key=lambda check: (place[check.parameter], check.region.start, check.of))
         strict = self.prepared.config.strict_replicas
         try:
             warnings = self.ranks.together(

@@ -31,9 +31,7 @@ def compare(checks: Sequence[Check], root: Path, *, strict: bool) -> list[str]:
     tensors = {(copy.stored.file, copy.stored.key) for _, copy in pairs}
     largest = max(difference(root, first, copy) for first, copy in pairs)
     names = {copy.stored.key for _, copy in pairs}
-    first = min(
-        pairs, key=lambda pair: (pair[1].stored.file, pair[1].parameter != pairs[0][1].parameter)
-    )[1].stored
+    first = pairs[0][1].stored
     return [
         f"{len(tensors)} copies of {len(names)} replicated tensors differ from the first "
         f"coordinate's, which is taken; largest difference {largest:g}, first `{first.key}` in "

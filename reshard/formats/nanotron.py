@@ -59,6 +59,7 @@ def layout(parameters: Sequence[Parameter], model: ModelConfig, options: Options
     for parameter in parameters:
         fused = next((roles for roles in FUSED if parameter.role in roles), (parameter.role,))
         parts = [by_role[parameter.layer, role] for role in fused]
+        _require_one_dtype(parts)
         slot = _slot(parameter, parts, mesh, stages[_block(parameter)], rows)
         if options.rope_interleaved and parameter.rotary:
             slot = replace(slot, placement=replace(slot.placement, interleaved=parameter.head))
@@ -75,6 +76,17 @@ def layout(parameters: Sequence[Parameter], model: ModelConfig, options: Options
     )
     metadata = partial(shard_metadata, sharded, mesh.tp)
     return Layout(name, "safetensors", mesh.tp * mesh.pp, tuple(slots), metadata=metadata)
+
+
+def _require_one_dtype(parts: Sequence[Parameter]) -> None:
+    """Refuse to fuse parameters of different dtypes into one stored tensor."""
+    first = parts[0]
+    other = next((part for part in parts if part.dtype != first.dtype), None)
+    if other is not None:
+        raise LayoutError(
+            f"Nanotron: `{first.name}` is {first.dtype} and `{other.name}` is {other.dtype}, but "
+            "they are one stored tensor; give them one dtype: dst.dtype=bfloat16|float16|float32"
+        )
 
 
 def _padded(parameter: Parameter, rows: int) -> tuple[int, ...]:
