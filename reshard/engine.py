@@ -107,7 +107,8 @@ class Check:
 class Engine:
     """One rank's part in a plan.
 
-    `done` are the (file, offset) of runs that an earlier attempt has written.
+    `capacity` is the size of each buffer in bytes. `done` gives the CRC32 of the runs, by file number
+    and byte offset, that an earlier attempt has written and that are intact.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Engine:
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Go through all rounds; `progress` is called with the bytes of blocks that are done."""
-        rounds = self._rounds()
+        rounds = self._plan.rounds(self._rank, self._capacity, ALIGN)
         with ThreadPoolExecutor(1, "reading") as reader, ThreadPoolExecutor(1, "writing") as writer:
             number, written = 0, None
             loading: Future[Round | None] = reader.submit(self._load, rounds, self._reading[0])
@@ -165,9 +166,6 @@ class Engine:
         self.counters.written = self._target_files.nbytes
 
     # Stage 1: read.
-
-    def _rounds(self) -> Iterator[Sequence[Move]]:
-        return self._plan.rounds(self._rank, self._capacity, ALIGN)
 
     def _load(self, rounds: Iterator[Sequence[Move]], buffer: Buffer) -> Round | None:
         """Read what this rank owns of the next round."""

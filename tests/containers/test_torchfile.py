@@ -462,7 +462,8 @@ BOMBS = {
     "nested marks": (b"(" * 10_000 + b".", "nested more than 100 deep"),
     "nested tuples": (b")" + b"\x85" * 100_000 + b".", "holds a `tuple`, expected a dict"),
     "nested lists": (b"]" * 100_000 + b"a" * 99_999 + b".", "holds a `list`, expected a dict"),
-    "exponential hash": (b"})" + b"q\0h\0\x86" * 200 + b"Ns.", "key of its dicts is a `tuple`"),
+    # Deep enough to cost 2^22 hashes, and no more: without the check this must fail, not hang.
+    "exponential hash": (b"})" + b"q\0h\0\x86" * 22 + b"Ns.", "key of its dicts is a `tuple`"),
     "colliding ints": (b"}\x8a\x08" + b"\x7f" * 8 + b"Ns.", "key of its dicts is a `int`"),
     "a long of 2 GiB": (b"\x8b\xff\xff\xff\x7f.", "its pickle is damaged"),
     "text of 4 GiB": (b"X\xff\xff\xff\xff.", "its pickle is damaged"),
