@@ -107,8 +107,8 @@ class Check:
 class Engine:
     """One rank's part in a plan.
 
-    `capacity` is the size of each buffer in bytes. `done` gives the CRC32 of the runs, by file number
-    and byte offset, that an earlier attempt has written and that are intact.
+    `capacity` is the size of each buffer in bytes. `done` gives the CRC32 of the runs, by file
+    number and byte offset, that an earlier attempt has written and that are intact.
     """
 
     def __init__(
