@@ -45,9 +45,10 @@ class Journal:
         for record in records:
             body = RECORD.pack(record.file, record.offset, record.length, record.crc)
             data += body + CHECK.pack(isal_zlib.crc32(body))
-        if data:
-            with explained("write", self._path):
-                self._file.write(data)
+        rest = memoryview(data)
+        with explained("write", self._path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         """Close the file."""

@@ -303,16 +303,24 @@ class Plan:
             rank = first * self.world // self._starts[-1]
             alone = rank == last * self.world // self._starts[-1]
             return (rank, _geometry(slots[0]), _geometry(slots[1])) if alone else None
+        return self._turn(name), slots[0][0].coordinate, _geometry(slots[0]), _geometry(slots[1])
+
+    def _turn(self, name: str) -> object:
+        """Where a parameter's blocks begin in the turns of ranks, and where its owners begin."""
         period = math.lcm(TIE_PERIOD, *(len(ranks) for ranks in (*self.readers, *self.owners)))
-        homes = slots[0][0].coordinate, slots[1][0].coordinate if self.writers == "owner" else None
-        return self._ordinals[number] % period, homes, _geometry(slots[0]), _geometry(slots[1])
+        home = self.target.places[name][0].coordinate if self.writers == "owner" else None
+        return self._ordinals[self._number[name]] % period, home
 
     def least_capacity(self, align: int) -> int:
         """The largest load that any single block puts on a rank: no round can be smaller."""
-        alike = {
-            (_geometry(self.source.places[name]), _geometry(self.target.places[name])): name
-            for name in self.names
-        }
+        alike = {}
+        for name in self.names:
+            slots = self.source.places[name], self.target.places[name]
+            # Nearest writers turn with the ranks, so only ties tell blocks of one shape apart.
+            turn: object = self._ordinals[self._number[name]] % TIE_PERIOD
+            if self.writers == "owner":
+                turn = self._turn(name), slots[0][0].coordinate
+            alike[turn, _geometry(slots[0]), _geometry(slots[1])] = name
         return max(
             load.largest()
             for name in alike.values()

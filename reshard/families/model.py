@@ -7,6 +7,7 @@ from reshard.errors import ConfigError
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Spellings of config.json for the fields whose name here differs; the rest is carried as `extras`.
 # transformers 4.x writes torch_dtype, rope_theta and rope_scaling; 5.x dtype and rope_parameters.
 HF_NAMES = {
@@ -50,7 +51,7 @@ class ModelConfig:
     tied: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: Mapping[str, Json] | None = None
     max_positions: int = 2048
@@ -71,6 +72,10 @@ class ModelConfig:
             raise ConfigError(
                 f"model config: `{wrong[0]}` is {getattr(self, wrong[0])!r}, "
                 "expected a positive int"
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                f"model config: dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}"
             )
         if self.heads % self.kv_heads:
             raise ConfigError(
