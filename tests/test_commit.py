@@ -1,0 +1,267 @@
+"""Checksums against zlib on the real files, and every way in which a file can be incomplete."""
+
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard import commit, containers
+from reshard.commit import Extent, TargetPlaces, finish_file, lay_out
+from reshard.errors import StorageError
+from reshard.formats import common
+from reshard.geometry import Cut, Placement, uncut, whole
+from reshard.journal import Record
+from reshard.layout import Layout, Slot
+from reshard.packing import packed
+from reshard.storage import Files
+from tests.layouts import config_of, layout_of
+
+LAYOUTS = {
+    "pth": ("meta", {"tp": 3}),
+    "pth with constants": ("meta", {"tp": 3, "embedding_dim": 1}),
+    "safetensors": ("hf", {"max_shard_bytes": 40_000}),
+    "a file per tensor": ("nanotron", {"tp": 3, "pp": 2}),
+    "padded": ("nanotron", {"tp": 3, "pp": 2, "vocab_multiple": 64}),
+}
+
+
+def padded(container: str) -> Layout:
+    """Two stored tensors with padding at their end, one with nothing else, and an empty one."""
+    slots = (
+        Slot("p", Placement((5, 3), Cut(0, 5, 4, 3), (4, 3)), "f{shard}", "p", torch.bfloat16),
+        Slot("q", Placement((2,), uncut(2, 3), (700_000,)), "f{shard}", "q", torch.float32),
+        Slot("r", Placement((2, 2), Cut(0, 2, 1, 3)), "f{shard}", "r", torch.float32),
+    )
+    return Layout("x", container, 3, slots)
+
+
+def layouts() -> dict[str, Layout]:
+    found = {
+        label: layout_of(config_of("b"), name, **chosen)
+        for label, (name, chosen) in LAYOUTS.items()
+    }
+    return found | {f"{name} with padding": padded(name) for name in ("torchfile", "safetensors")}
+
+
+@pytest.fixture(params=sorted(layouts()))
+def written(request, tmp_path) -> "Written":
+    return Written(layouts()[request.param], tmp_path)
+
+
+class Written:
+    """A target whose every piece is written and journalled, a few elements at a time."""
+
+    def __init__(self, layout: Layout, root: Path, piece: int = 5_000) -> None:
+        self.layout, self.root, self.places = layout, root, TargetPlaces(layout)
+        lay_out(root, layout, self.places, layout.files)
+        self.records: dict[str, list[Record]] = {file: [] for file in layout.files}
+        files = Files(root, os.O_WRONLY)
+        for name, slots in layout.places.items():
+            for stored in layout.tensors_on(name, whole(slots[0].placement.shape)):
+                start, _ = self.places.locate(stored)
+                size = stored.dtype.itemsize
+                runs = packed(stored.slot.placement, stored.shard, stored.region).runs
+                for first, count in runs:
+                    for part in range(first, first + count, piece):
+                        length = min(piece, first + count - part) * size
+                        data = os.urandom(length)
+                        files.write(stored.file, start + part * size, [memoryview(data)])
+                        record = Record(0, start + part * size, length, zlib.crc32(data))
+                        self.records[stored.file].append(record)
+        files.close()
+
+    def finish(self, file: str, records: list[Record] | None = None) -> list[Extent]:
+        own = self.records[file] if records is None else records
+        skeleton = self.places.skeleton(file)
+        return finish_file(self.root, self.layout, file, skeleton, own[::-1], fsync=False)
+
+
+def test_checksums_and_extents_are_those_of_the_real_file(written):
+    for file in written.layout.files:
+        extents = written.finish(file)
+        data = (written.root / file).read_bytes()
+        position = 0
+        for extent in extents:
+            assert extent.start == position
+            position += extent.length
+            assert extent.crc == zlib.crc32(data[extent.start : position]), extent
+        assert position == len(data)
+        record = commit.file_record(extents)
+        assert (record["size"], record["crc32"]) == (len(data), zlib.crc32(data))
+        keys = {extent.what for extent in extents} - {"header"}
+        contents = [content for content in written.layout.contents(file) if content.nbytes]
+        assert keys == {content.key for content in contents}
+    assert written.places.size() == sum(
+        (written.root / file).stat().st_size for file in written.layout.files
+    )
+
+
+def test_a_finished_file_can_be_finished_again(written):
+    file = written.layout.files[0]
+    extents = written.finish(file)
+    data = (written.root / file).read_bytes()
+    assert written.finish(file) == extents
+    assert (written.root / file).read_bytes() == data
+
+
+def test_readers_find_the_constants_and_zeros_in_the_padding(written):
+    for file in written.layout.files:
+        written.finish(file)
+        data = (written.root / file).read_bytes()
+        offsets = written.places.skeleton(file).offsets
+        for content in written.layout.contents(file):
+            end = offsets[content.key] + content.nbytes
+            padding = content.padding * content.dtype.itemsize
+            constants = [c for c in written.layout.constants if c.content.key == content.key]
+            if constants:
+                assert data[offsets[content.key] : end] in [item.data for item in constants]
+            else:
+                assert data[end - padding : end] == bytes(padding)
+
+
+@pytest.mark.parametrize("container", ["torchfile", "safetensors"])
+def test_checksum_fields_of_the_container_are_filled(tmp_path, container):
+    written = Written(padded(container), tmp_path)
+    for file in written.layout.files:
+        extents = {extent.what: extent for extent in written.finish(file)}
+        data = (tmp_path / file).read_bytes()
+        for key, places in written.places.skeleton(file).checksums.items():
+            expected = extents[key].crc if key in extents else 0
+            assert [int.from_bytes(data[at : at + 4], "little") for at in places] == [
+                expected
+            ] * len(places)
+    assert (container == "torchfile") == bool(written.places.skeleton("f0").checksums)
+
+
+def test_pth_files_are_loaded_with_their_checksums_right(tmp_path):
+    import zipfile
+
+    written = Written(layouts()["pth"], tmp_path)
+    for file in written.layout.files:
+        written.finish(file)
+        assert zipfile.ZipFile(tmp_path / file).testzip() is None
+        loaded = torch.load(tmp_path / file, weights_only=True)
+        assert set(loaded) == {content.key for content in written.layout.contents(file)}
+
+
+def test_a_missing_run_is_refused(written):
+    for file in written.layout.files:
+        for gone in range(len(written.records[file]))[:12]:
+            rest = written.records[file][:gone] + written.records[file][gone + 1 :]
+            with pytest.raises(StorageError, match=r"no rank has written bytes \d+ to \d+ of"):
+                written.finish(file, rest)
+
+
+def test_a_doubled_or_overlapping_run_is_refused(written):
+    for file in written.layout.files:
+        for record in written.records[file][:6]:
+            for shift, length in ((0, record.length), (0, 1), (1, record.length)):
+                extra = Record(0, record.offset + shift, length, 0)
+                with pytest.raises(StorageError, match="is not published"):
+                    written.finish(file, [*written.records[file], extra])
+
+
+def test_a_run_that_is_too_long_or_lies_in_the_padding_is_refused(written):
+    for file in written.layout.files:
+        last = max(written.records[file], key=lambda record: record.offset, default=None)
+        if last is None:
+            continue
+        rest = [record for record in written.records[file] if record is not last]
+        longer = Record(0, last.offset, last.length + 1, last.crc)
+        with pytest.raises(StorageError, match="is not published"):
+            written.finish(file, [*rest, longer])
+
+
+def test_a_run_outside_all_tensors_is_refused(written):
+    for file in written.layout.files:
+        size = (written.root / file).stat().st_size
+        for offset in (0, size):
+            stray = Record(0, offset, 1, 0)
+            with pytest.raises(StorageError):
+                written.finish(file, [*written.records[file], stray])
+
+
+def test_laying_out_writes_the_bytes_that_it_reports(tmp_path):
+    layout = layouts()["pth with constants"]
+    places = TargetPlaces(layout)
+    written = lay_out(tmp_path, layout, places, layout.files)
+    tensors = sum(
+        content.nbytes
+        for file in layout.files
+        for content in layout.contents(file)
+        if content.key != "rope.freqs"
+    )
+    assert written == places.size() - tensors
+    entries = containers.index(tmp_path / layout.files[0]).entries
+    assert entries["rope.freqs"].shape == (3,)
+    assert places.skeleton(layout.files[0]).offsets["norm.weight"] == entries["norm.weight"].offset
+
+
+@given(st.integers(0, 3 << 20))
+def test_the_checksum_of_zeros(length):
+    assert commit.zero_crc(length) == zlib.crc32(bytes(length))
+
+
+def test_extents_with_a_gap_or_an_overlap_are_refused():
+    commit.file_record([Extent(0, 4, "a", 0), Extent(4, 4, "b", 0)])
+    for start in (3, 5):
+        with pytest.raises(StorageError, match="do not tile a file at byte 4"):
+            commit.file_record([Extent(0, 4, "a", 0), Extent(start, 4, "b", 0)])
+    with pytest.raises(StorageError, match="at byte 0"):
+        commit.file_record([Extent(1, 4, "a", 0)])
+
+
+@given(st.binary(max_size=50))
+def test_a_small_file_is_recorded_like_a_large_one(data):
+    record = commit.small_record(data)
+    assert (record["size"], record["crc32"]) == (len(data), zlib.crc32(data))
+    assert sum(length for _, length, *_ in record["extents"]) == len(data)
+
+
+def test_the_manifest_proves_itself():
+    body = {"job": "x", "files": {"b": 1, "a": 2}}
+    record = json.loads(commit.manifest(body))
+    crc = record.pop("crc32")
+    assert record == {**body, "version": commit.MANIFEST_VERSION}
+    assert crc == zlib.crc32(common.dump_json(record))
+    assert zlib.crc32(common.dump_json({**record, "job": "y"})) != crc
+    assert commit.manifest(dict(reversed(body.items()))) == commit.manifest(body)
+
+
+def test_small_files_go_to_the_root_or_to_assets(tmp_path):
+    source, outside = tmp_path / "source", tmp_path / "outside"
+    (source / "assets").mkdir(parents=True)
+    outside.mkdir()
+    for name in ("tokenizer.model", "tokenizer.json", "LICENSE.txt", "notes.txt", "weights.pth"):
+        (source / name).write_text(name)
+    (source / "assets" / "vocab.json").write_text("kept")
+    (source / "assets" / "tokenizer.json").write_text("older")
+    (outside / "merges.txt").write_text("linked")
+    (source / "merges.txt").symlink_to(outside / "merges.txt")
+    known = ["tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "absent.json"]
+    found = commit.carried(source, known, ("tokenizer.model",))
+    assert {name: path.read_text() for name, path in found.items()} == {
+        "tokenizer.model": "tokenizer.model",
+        "assets/tokenizer.json": "tokenizer.json",
+        "LICENSE.txt": "LICENSE.txt",
+        "assets/vocab.json": "kept",
+        "assets/merges.txt": "linked",
+    }
+
+
+def test_places_of_a_layout_are_those_that_readers_find(written):
+    for file in written.layout.files:
+        written.finish(file)
+        if not file.endswith((".pth", ".safetensors")):
+            continue
+        entries = containers.index(written.root / file).entries
+        for content in written.layout.contents(file):
+            if math.prod(content.shape):
+                offset = written.places.skeleton(file).offsets[content.key]
+                assert entries[content.key].offset == offset

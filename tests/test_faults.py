@@ -1,0 +1,448 @@
+"""Jobs that are interrupted: what stays on the disk, what the next run makes of it, who says so."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reshard import journal
+from tests import jobs
+from tests.commands import call, done, model, move, one_line, read, refused, write
+from tests.oracles import models
+from tests.oracles.compare import assert_same, assert_same_files
+from tests.sabotage import WRITE, sabotage, suffer
+
+pytestmark = pytest.mark.fault
+
+SMALL_ROUNDS = "engine.memory=13MiB"
+FIVE_SECONDS = 5.0
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 Meta files of together 4 MB, which take tens of rounds."""
+    return write("meta4", tmp_path_factory.mktemp("faults") / "src", wide())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path) -> dict[str, Path]:
+    """What the source becomes when nothing goes wrong, by target."""
+    found = {}
+    for target in ("hf", "tp2"):
+        found[target] = source.parent / f"undisturbed-{target}"
+        done(*move("meta4", source, target, found[target]))
+        assert_same(read(target, found[target]), wide())
+    return found
+
+
+def wide() -> models.Model:
+    return models.wide_model(4 << 20)
+
+
+def run(world: int, words: list[str], where: Path, **report: Any) -> dict[str, Any]:
+    """A job that has to succeed; its report."""
+    words = [*words, "--report", str(where / "report.json")]
+    if world == 1:
+        done(*words)
+    else:
+        job = jobs.finished(world, words, where / "said")
+        assert (job.wait(0), job.err) == ([0] * world, ""), job.err
+    found: dict[str, Any] = json.loads((where / "report.json").read_text())
+    assert found["world"] == world
+    return found
+
+
+def interrupt(world: int, words: list[str], where: Path, nth: int = 8) -> None:
+    """A job whose last rank comes to grief in the middle of moving: a single one is killed."""
+    how = "kill" if world == 1 else "fail"
+    job = jobs.finished(world, words, where / "said", sabotage, WRITE, world - 1, nth, how)
+    assert any(job.wait(0)), "the job has not failed"
+
+
+def partial(target: Path) -> Path:
+    """The one partial directory of a target that is not there yet."""
+    assert not target.exists(), f"{target} is there before it is complete"
+    found = list(target.parent.glob(f"{target.name}.partial-*"))
+    assert len(found) == 1, found
+    return found[0]
+
+
+def only(folder: Path, *names: str) -> bool:
+    """Whether a directory holds these and what the tests put there, and nothing else."""
+    own = {"report.json", "said.out", "said.err"}
+    return set(os.listdir(folder)) - own == set(names)
+
+
+# Going on.
+
+DIRECT, OWNER = "engine.exchange=direct", "engine.writers=owner"
+WAYS = {
+    "1 rank, as before": ("hf", 1, [], 1, []),
+    "1 rank, as before, many files": ("tp2", 1, [], 1, []),
+    "2 ranks, as before": ("tp2", 2, [], 2, []),
+    "2 ranks, then 1 with more memory": ("hf", 2, [], 1, [DIRECT, "engine.memory=64MiB"]),
+    "1 rank, then 3": ("tp2", 1, [], 3, []),
+    "2 direct, then 2 collective by owner": ("tp2", 2, [DIRECT], 2, [OWNER]),
+    "3 ranks, then 2 direct": ("hf", 3, [], 2, [DIRECT]),
+}
+
+
+@pytest.mark.parametrize(("target", "world", "words", "then", "other"), WAYS.values(), ids=WAYS)
+def test_an_interrupted_job_goes_on_where_it_stopped(
+    target: str,
+    world: int,
+    words: list[str],
+    then: int,
+    other: list[str],
+    source: Path,
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    command = move("meta4", source, target, tmp_path / "dst")
+    interrupt(world, [*command, SMALL_ROUNDS, *words], tmp_path)
+    kept = {
+        (item.file, item.offset) for item in journal.read(partial(tmp_path / "dst") / "journals")
+    }
+    journalled = sum(item.length for item in journal.read(partial(tmp_path / "dst") / "journals"))
+    assert kept
+    moved = run(then, [*command, SMALL_ROUNDS, *other], tmp_path)["bytes"]
+    whole = sum(file.stat().st_size for file in (tmp_path / "dst").rglob("*.safetensors"))
+    assert moved["resumed"] == journalled, "what was journalled is not what was taken over"
+    assert moved["written"] <= moved["written_bound"] - journalled, (
+        "journalled pieces were written again"
+    )
+    assert whole - journalled <= moved["written"]
+    assert_same_files(tmp_path / "dst", undisturbed[target])
+    assert only(tmp_path, "dst")
+
+
+def test_an_interrupted_job_may_be_interrupted_again(
+    source: Path, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    words = [*move("meta4", source, "tp2", tmp_path / "dst"), SMALL_ROUNDS]
+    for world in (1, 2, 1):
+        interrupt(world, words, tmp_path, nth=5)
+        assert len(journal.journals(partial(tmp_path / "dst") / "journals")) >= 1
+    run(2, words, tmp_path)
+    assert_same_files(tmp_path / "dst", undisturbed["tp2"])
+
+
+def test_a_job_that_fails_says_so_and_goes_on_the_same_way(
+    source: Path,
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS]
+    with monkeypatch.context() as patched:
+        fail_at(patched, 5)
+        found = call(*words)
+    assert found.code == 1
+    assert "the disk of a test has failed" in one_line(found.err)
+    assert only(tmp_path, partial(tmp_path / "dst").name), "the lock or something else stays"
+    run(1, words, tmp_path)
+    assert_same_files(tmp_path / "dst", undisturbed["hf"])
+
+
+def fail_at(patched: pytest.MonkeyPatch, nth: int) -> None:
+    """Let the `nth` round of this process fail when it is to be written."""
+    from reshard.engine import Engine
+
+    original, calls = Engine._write, 0
+
+    def write_or_fail(self: Engine, *args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls >= nth:
+            suffer("fail")
+        return original(self, *args)
+
+    patched.setattr(Engine, "_write", write_or_fail)
+
+
+# What the disk may have done to the partial result meanwhile.
+
+
+def flip(file: Path, offset: int) -> None:
+    with open(file, "r+b") as opened:
+        opened.seek(offset)
+        byte = opened.read(1)
+        opened.seek(offset)
+        opened.write(bytes([byte[0] ^ 0x40]))
+
+
+def damage_written_byte(folder: Path) -> None:
+    """One byte of a piece that is journalled as written."""
+    record = list(journal.read(folder / "journals"))[3]
+    flip(folder / "data" / "model.safetensors", record.offset + record.length // 2)
+
+
+def damage_header(folder: Path) -> None:
+    flip(folder / "data" / "model.safetensors", 20)
+
+
+def lose_the_file(folder: Path) -> None:
+    (folder / "data" / "model.safetensors").unlink()
+
+
+def cut_the_file(folder: Path) -> None:
+    os.truncate(folder / "data" / "model.safetensors", 5000)
+
+
+def tear_the_journal(folder: Path) -> None:
+    file = journal.journals(folder / "journals")[0]
+    os.truncate(file, file.stat().st_size - 5)
+
+
+def add_noise_to_the_journal(folder: Path) -> None:
+    file = journal.journals(folder / "journals")[0]
+    file.write_bytes(file.read_bytes() + os.urandom(1000))
+
+
+def damage_a_journal_record(folder: Path) -> None:
+    flip(journal.journals(folder / "journals")[0], 2 * journal.SIZE + 5)
+
+
+def empty_the_journal(folder: Path) -> None:
+    os.truncate(journal.journals(folder / "journals")[0], 0)
+
+
+def lose_the_journals(folder: Path) -> None:
+    for file in journal.journals(folder / "journals"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_written_byte,
+        damage_header,
+        lose_the_file,
+        cut_the_file,
+        tear_the_journal,
+        add_noise_to_the_journal,
+        damage_a_journal_record,
+        empty_the_journal,
+        lose_the_journals,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_a_damaged_partial_result_is_mended(
+    damage: Callable[[Path], None], source: Path, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    words = [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS]
+    interrupt(1, words, tmp_path)
+    damage(partial(tmp_path / "dst"))
+    run(1, words, tmp_path)
+    assert_same_files(tmp_path / "dst", undisturbed["hf"])
+    done("verify", tmp_path / "dst")
+
+
+def test_only_the_damaged_piece_is_written_again(source: Path, tmp_path: Path) -> None:
+    words = [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS]
+    interrupt(1, words, tmp_path)
+    folder = partial(tmp_path / "dst")
+    records = list(journal.read(folder / "journals"))
+    damage_written_byte(folder)
+    moved = run(1, words, tmp_path)["bytes"]
+    journalled = sum(record.length for record in records)
+    assert moved["written"] <= moved["written_bound"] - journalled + records[3].length
+
+
+# A kill at any point of a job.
+
+POINTS = {
+    "making the directory": "reshard.workspace:Workspace.begin",
+    "laying out": "reshard.commit:lay_out",
+    "moving": WRITE,
+    "finishing": "reshard.commit:finish_file",
+    "writing small files": "reshard.commit:write_texts",
+    "publishing": "reshard.workspace:Workspace.publish",
+    "cleaning up": "reshard.workspace:shutil.rmtree",
+}
+
+
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+def test_a_kill_leaves_the_target_absent_or_complete(
+    point: str, source: Path, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    words = move("meta4", source, "tp2", tmp_path / "dst")
+    job = jobs.finished(1, words, tmp_path / "said", sabotage, point, 0, 1, "kill")
+    assert job.wait(0) == [-signal.SIGKILL]
+    if (tmp_path / "dst").exists():
+        assert point.endswith("rmtree"), "published too early"
+        assert_same_files(tmp_path / "dst", undisturbed["tp2"])
+    found = run(1, words, tmp_path)
+    assert_same_files(tmp_path / "dst", undisturbed["tp2"])
+    assert only(tmp_path, "dst"), f"{os.listdir(tmp_path)} after {found['state']}"
+
+
+@pytest.mark.parametrize(
+    ("point", "nth"),
+    [(WRITE, 1), ("reshard.workspace:Workspace.publish", 1), ("reshard.workspace:sync", 1)],
+    ids=["moving", "before the renames", "after the renames"],
+)
+def test_a_kill_while_an_older_target_is_replaced_costs_neither(
+    point: str, nth: int, source: Path, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    done(*move("meta4", source, "hf", tmp_path / "dst"))
+    words = [*move("meta4", source, "tp2", tmp_path / "dst"), "--force"]
+    job = jobs.finished(1, words, tmp_path / "said", sabotage, point, 0, nth, "kill")
+    assert job.wait(0) == [-signal.SIGKILL]
+    expected = undisturbed["tp2" if point.endswith("sync") else "hf"]
+    assert_same_files(tmp_path / "dst", expected)
+    run(1, words, tmp_path)
+    assert_same_files(tmp_path / "dst", undisturbed["tp2"])
+    assert only(tmp_path, "dst"), os.listdir(tmp_path)
+
+
+# Several jobs on one target.
+
+
+def test_the_partial_result_of_another_job_is_refused_unless_forced(
+    source: Path, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    interrupt(1, [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS], tmp_path)
+    folder = partial(tmp_path / "dst")
+    words = move("meta4", source, "tp2", tmp_path / "dst")
+    pattern = rf"`{folder}`: the partial result of a job with another source.*--force"
+    refused(tmp_path, pattern, *words)
+    run(1, [*words, "--force"], tmp_path)
+    assert_same_files(tmp_path / "dst", undisturbed["tp2"])
+    assert only(tmp_path, "dst")
+
+
+def test_a_source_that_has_changed_is_another_job(source: Path, tmp_path: Path) -> None:
+    copy = write("meta4", tmp_path / "src", wide())
+    words = [*move("meta4", copy, "hf", tmp_path / "dst"), SMALL_ROUNDS]
+    interrupt(1, words, tmp_path)
+    os.utime(copy / "consolidated.02.pth", (1, 1))
+    refused(tmp_path, r"dst.partial-\w+`: the partial result of a job with another source", *words)
+    done(*words, "--force")
+    os.utime(copy / "consolidated.02.pth", (2, 2))
+    refused(tmp_path, r"dst`: exists and is not the result of this job.*--force", *words)
+
+
+def test_a_lock_that_is_held_is_refused_and_a_stale_one_is_not(tmp_path: Path) -> None:
+    small = write("meta8", tmp_path / "src")
+    words = move("meta8", small, "tp4", tmp_path / "dst")
+    with open(tmp_path / "dst.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused(tmp_path, r"dst`: another job is writing it \(`.*dst.lock` is locked\)", *words)
+        refused(tmp_path, r"another job is writing it", *words, "--force")
+    done(*words)
+    assert_same(read("tp4", tmp_path / "dst"), model())
+    assert only(tmp_path, "src", "dst")
+
+
+def test_a_second_job_on_a_target_is_refused_while_the_first_one_runs(
+    source: Path, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    words = move("meta4", source, "tp2", tmp_path / "dst")
+    slow = [*words, SMALL_ROUNDS]
+    with jobs.start(2, slow, tmp_path / "said", sabotage, WRITE, 0, 3, "dawdle") as first:
+        first.until(lambda: list(tmp_path.glob("dst.partial-*/journals/*")))
+        found = call(*words)
+        assert found.code == 2
+        assert re.search(r"dst`: another job is writing it", one_line(found.err))
+        assert first.wait(60) == [0, 0]
+    assert_same_files(tmp_path / "dst", undisturbed["tp2"])
+
+
+# Several ranks, one of which comes to grief: all end soon, and one line says why.
+
+
+def failed(
+    source: Path, tmp_path: Path, where: str, which: int, how: str, *words: str, world: int = 3
+) -> tuple[list[int], str, float]:
+    """The exit codes of the other ranks, the one line, and the seconds from fault to end."""
+    command = [*move("meta4", source, "tp2", tmp_path / "dst"), SMALL_ROUNDS, *words]
+    grief = (where, which, 3 if where == WRITE else 1, how, str(tmp_path / "fault"))
+    with jobs.start(world, command, tmp_path / "said", sabotage, *grief) as job:
+        job.until((tmp_path / "fault").exists)
+        began = time.monotonic()
+        others = [rank for number, rank in enumerate(job.ranks) if number != which]
+        for rank in others:
+            rank.join(20)
+        seconds = time.monotonic() - began
+        codes = [rank.exitcode if rank.exitcode is not None else -99 for rank in others]
+        if how not in ("stop", "hang"):
+            job.wait(1)
+    lines = [line for line in job.err.splitlines() if line.startswith("reshard:")]
+    assert len(lines) == 1, f"{len(lines)} lines begin with `reshard:`\n{job.err}"
+    assert "Traceback" not in job.err
+    assert not (tmp_path / "dst").exists()
+    return codes, lines[0], seconds
+
+
+@pytest.mark.parametrize(
+    ("which", "how", "code", "pattern"),
+    [
+        (0, "fail", 1, r"the disk of a test has failed"),
+        (2, "fail", 1, r"the disk of a test has failed"),
+        (1, "refuse", 2, r"the checkpoint of a test is refused"),
+        (1, "bug", 1, r"unexpected KeyError"),
+    ],
+)
+def test_an_error_of_any_rank_ends_all_with_its_line_and_code(
+    which: int, how: str, code: int, pattern: str, source: Path, tmp_path: Path
+) -> None:
+    codes, line, seconds = failed(source, tmp_path, WRITE, which, how)
+    assert re.search(pattern, line), line
+    assert codes == [code, code]
+    assert seconds < FIVE_SECONDS
+
+
+@pytest.mark.parametrize(("which", "how"), [(0, "kill"), (2, "kill"), (1, "kill late")])
+def test_a_rank_that_is_killed_ends_all(which: int, how: str, source: Path, tmp_path: Path) -> None:
+    codes, line, seconds = failed(source, tmp_path, WRITE, which, how)
+    assert re.search(rf"rank {which} died", line), line
+    assert codes == [1, 1]
+    assert seconds < FIVE_SECONDS
+
+
+def test_a_rank_that_is_stopped_is_named(source: Path, tmp_path: Path) -> None:
+    codes, line, seconds = failed(source, tmp_path, WRITE, 1, "stop", "engine.timeout=2")
+    assert re.search(r"rank 1 made no progress for 2 s \(engine.timeout\)", line), line
+    assert codes == [1, 1]
+    assert seconds < FIVE_SECONDS
+
+
+HANGS = {
+    "plan": "reshard.job:prepare",
+    "move": WRITE,
+    "move while reading": "reshard.engine:Engine._load",
+    "commit": "reshard.commit:finish_file",
+}
+
+
+@pytest.mark.parametrize("phase", HANGS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_hangs_is_named(which: int, phase: str, source: Path, tmp_path: Path) -> None:
+    codes, line, seconds = failed(
+        source, tmp_path, HANGS[phase], which, "hang", "engine.timeout=2", world=2
+    )
+    expected = (
+        rf"rank {which} made no progress for 2 s \(engine.timeout\) in phase `{phase.split()[0]}`"
+    )
+    assert re.search(expected, line), line
+    assert codes == [1]
+    assert seconds < FIVE_SECONDS
+
+
+@pytest.mark.parametrize("exchange", ["collective", "direct"])
+def test_a_slow_rank_is_not_taken_for_one_that_hangs(
+    exchange: str, source: Path, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    words = [*move("meta4", source, "tp2", tmp_path / "dst"), SMALL_ROUNDS]
+    slow = [*words, "engine.timeout=1.5", f"engine.exchange={exchange}"]
+    job = jobs.finished(2, slow, tmp_path / "said", sabotage, WRITE, 1, 1, "dawdle")
+    assert (job.wait(0), job.err) == ([0, 0], "")
+    assert_same_files(tmp_path / "dst", undisturbed["tp2"])

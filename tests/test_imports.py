@@ -1,0 +1,269 @@
+"""Who may import whom: a table that is as tight as the code is today."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import reshard
+
+ROOT = Path(reshard.__file__).parent
+PACKAGES = ("containers", "families", "formats")
+
+# A unit is a module of the package, or one of its folders. Lines stand in the order in which they
+# build on each other: a unit imports what stands above it, and of that only what is named here.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "geometry": set(),
+    "layout": {"errors", "geometry"},
+    "storage": {"errors"},
+    "packing": {"geometry"},
+    "moves": {"geometry", "layout"},
+    "plan": {"errors", "geometry", "layout", "moves"},
+    "journal": {"storage"},
+    "buffers": {"geometry", "layout", "packing", "storage"},
+    "engine": {
+        "buffers",
+        "errors",
+        "geometry",
+        "journal",
+        "layout",
+        "moves",
+        "packing",
+        "plan",
+        "storage",
+    },
+    "containers": {"errors", "geometry"},
+    "families": {"errors", "layout"},
+    "formats": {"containers", "errors", "families", "geometry", "layout", "storage"},
+    "watcher": set(),
+    "distributed": {"errors", "watcher"},
+    "topologies": {"errors", "families", "formats"},
+    "config": {"errors", "families", "formats", "topologies"},
+    "workspace": {"errors", "formats", "storage"},
+    "commit": {"containers", "errors", "formats", "geometry", "journal", "layout", "storage"},
+    "replicas": {"containers", "engine", "errors", "geometry", "layout", "packing", "storage"},
+    "prepare": {"config", "errors", "families", "formats", "layout", "plan"},
+    "report": {"engine", "moves", "plan", "prepare"},
+    "job": {
+        "commit",
+        "config",
+        "distributed",
+        "engine",
+        "errors",
+        "formats",
+        "geometry",
+        "journal",
+        "plan",
+        "prepare",
+        "replicas",
+        "report",
+        "storage",
+        "workspace",
+    },
+    "verify": {
+        "buffers",
+        "commit",
+        "distributed",
+        "errors",
+        "families",
+        "formats",
+        "geometry",
+        "layout",
+        "moves",
+        "packing",
+        "plan",
+        "report",
+        "storage",
+    },
+    "inspect": {"errors", "formats", "report"},
+    "demo": {"config", "distributed", "errors", "families", "formats", "job"},
+    "cli": {
+        "buffers",
+        "config",
+        "demo",
+        "distributed",
+        "engine",
+        "errors",
+        "inspect",
+        "job",
+        "prepare",
+        "report",
+        "topologies",
+        "verify",
+        "watcher",
+    },
+    "__main__": {"cli"},
+}
+# Of a format's modules, those that all formats share; and the helpers of one format only.
+SHARED_BY_FORMATS = {"common", "options"}
+HELPERS = {
+    "meta_params": "meta",
+    "sampling": "meta",
+    "nanotron_files": "nanotron",
+    "nanotron_tree": "nanotron",
+}
+# Of `formats`, modules below prepare see only what all formats share.
+SHARED_ONLY = ("topologies", "config", "workspace", "commit")
+
+
+def files_of(unit: str) -> list[Path]:
+    if unit in PACKAGES:
+        return sorted((ROOT / unit).rglob("*.py"))
+    return [ROOT / f"{unit}.py"]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names below `reshard` that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        inside = (name for name in names if name.split(".")[0] == "reshard")
+        found |= {name.removeprefix("reshard.") for name in inside}
+    return found
+
+
+def units_of(unit: str) -> dict[str, set[str]]:
+    """The other units that a unit imports, each with the dotted names."""
+    found: dict[str, set[str]] = {}
+    for path in files_of(unit):
+        for name in imports_of(path):
+            if (other := name.split(".")[0]) != unit:
+                found.setdefault(other, set()).add(name)
+    return found
+
+
+def test_every_module_stands_in_the_table():
+    modules = {path.stem for path in ROOT.glob("*.py")} - {"__init__"}
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"configs"}
+    assert folders == set(PACKAGES)
+    assert modules | folders == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("unit", MAY_IMPORT)
+def test_a_unit_imports_what_the_table_says(unit):
+    assert set(units_of(unit)) == MAY_IMPORT[unit]
+
+
+def test_imports_run_one_way():
+    seen: set[str] = set()
+    for unit, below in MAY_IMPORT.items():
+        assert below <= seen, f"{unit} imports {sorted(below - seen)}, which stand below it"
+        seen.add(unit)
+
+
+def test_formats_do_not_know_each_other():
+    for path in files_of("formats"):
+        own = path.stem
+        if own == "__init__":
+            continue
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] == "formats":
+                other = parts[1]
+                ours = HELPERS.get(other) == HELPERS.get(own, own)
+                assert other in SHARED_BY_FORMATS or ours, f"{own} imports {other}"
+
+
+def test_every_module_of_formats_is_a_format_or_declared():
+    for path in files_of("formats"):
+        is_format = any(
+            isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NAME"
+            for node in ast.parse(path.read_text()).body
+        )
+        declared = path.stem in {*SHARED_BY_FORMATS, *HELPERS, "__init__"}
+        assert is_format != declared, path.stem
+
+
+@pytest.mark.parametrize("unit", SHARED_ONLY)
+def test_below_prepare_only_what_all_formats_share_is_known(unit):
+    names = {name for group in units_of(unit).values() for name in group}
+    seen = {name.split(".")[1] for name in names if name.startswith("formats.")}
+    assert seen <= SHARED_BY_FORMATS
+
+
+def test_no_unit_names_a_single_format():
+    single = {path.stem for path in files_of("formats")} - SHARED_BY_FORMATS - {"__init__"}
+    for unit in set(MAY_IMPORT) - {"formats"}:
+        for path in files_of(unit):
+            named = {name for name in imports_of(path) if name.startswith("formats.")}
+            assert not {name.split(".")[1] for name in named} & single, path
+
+
+def test_imports_stand_at_the_top_of_a_file():
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                inner = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+                assert not inner, f"{path}:{node.lineno}"
+
+
+def sites(wanted) -> set[tuple[str, str]]:
+    """(module, function) of every node for which `wanted` holds."""
+    found = set()
+    for path in ROOT.rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        stack: list[tuple[ast.AST, str]] = [(ast.parse(path.read_text()), "")]
+        while stack:
+            node, where = stack.pop()
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                where = f"{where}.{node.name}".strip(".")
+            if wanted(node):
+                found.add((module, where))
+            stack += [(child, where) for child in ast.iter_child_nodes(node)]
+    return found
+
+
+def is_name(node: ast.AST, *names: str) -> bool:
+    return isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node) in names
+
+
+def test_only_the_cli_prints():
+    def prints(node: ast.AST) -> bool:
+        return isinstance(node, ast.Call) and is_name(
+            node.func, "print", "sys.stdout.write", "sys.stderr.write"
+        )
+
+    elsewhere = {place for place in sites(prints) if place[0] != "cli"}
+    assert elsewhere == {("report", "Progress.add"), ("watcher", "report_failure")}
+
+
+def test_what_is_printed_elsewhere_goes_to_stderr():
+    for module in ("report", "watcher"):
+        for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+            if isinstance(node, ast.Call) and is_name(node.func, "print"):
+                files = [ast.unparse(item.value) for item in node.keywords if item.arg == "file"]
+                assert files == ["sys.stderr"], f"{module}:{node.lineno}"
+
+
+def test_only_distributed_reads_the_environment():
+    found = sites(lambda node: is_name(node, "os.environ", "os.getenv", "environ", "getenv"))
+    assert {module for module, _ in found} == {"distributed"}
+
+
+def test_only_config_and_its_topologies_read_yaml():
+    reading = ("OmegaConf.load", "OmegaConf.from_dotlist", "yaml.safe_load", "yaml.load")
+    assert {module for module, _ in sites(lambda node: is_name(node, *reading))} == {"config"}
+    users = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*.py")
+        if any(word in path.read_text() for word in ("import yaml", "from omegaconf"))
+    }
+    assert users == {
+        "config.py",
+        "topologies.py",
+        "formats/nanotron_files.py",
+    }  # the latter writes one
+
+
+def test_only_storage_and_readers_of_headers_open_files():
+    """No mmap, and no tensor library reads data."""
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text()
+        for word in ("import mmap", "safe_open", "torch.load(", "load_file(", "np.memmap"):
+            assert word not in text, f"{path}: {word}"

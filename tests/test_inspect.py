@@ -1,0 +1,173 @@
+"""What `inspect` tells of a directory."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.commands import call, done, model, move, refused, write
+from tests.oracles import meta, nanotron
+
+PARAMETERS = sum(tensor.numel() for tensor in model().tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "mesh", "rope"),
+    [
+        ("meta8", 8, {"tp": 8, "pp": 1, "dp": 1}, "interleaved rows"),
+        ("hf2", 2, {"tp": 1, "pp": 1, "dp": 1}, "half rows"),
+        ("tp2pp2", 25, {"tp": 2, "pp": 2, "dp": 1}, "half rows"),
+    ],
+)
+def test_the_facts_of_every_format_are_told(
+    kind: str, files: int, mesh: dict[str, int], rope: str, tmp_path: Path
+) -> None:
+    source = write(kind, tmp_path / "src")
+    found = json.loads(done("inspect", source, "--json").out)
+    assert found["format"] == {"m": "meta", "h": "hf", "t": "nanotron"}[kind[0]]
+    assert found["layout"] == kind.replace("hf2", "hf")
+    assert found["mesh"] == mesh
+    assert (
+        found["files"]
+        == len([f for f in source.rglob("*") if f.suffix in (".pth", ".safetensors")])
+        == files
+    )
+    assert (found["family"], found["dtypes"], found["tied"]) == ("llama", ["bfloat16"], False)
+    assert found["parameters"] == PARAMETERS
+    assert found["rope"] == rope
+    assert (found["healthy"], found["problems"], found["manifest"]) == (True, [], False)
+    assert found["missing"] == ["tokenizer"]
+    sizes = {
+        "hidden": 64,
+        "layers": 2,
+        "heads": 16,
+        "kv_heads": 8,
+        "intermediate": 176,
+        "vocab": 128,
+    }
+    assert {key: found["model"][key] for key in sizes} == sizes
+
+
+def test_the_text_says_the_same(tmp_path: Path) -> None:
+    source = write("meta8", tmp_path / "src")
+    out = done("inspect", source).out
+    assert out.startswith(f"{source}: meta8\n")
+    assert (
+        "llama: 2 layers, width 64, 16 heads, 8 key-value heads, feed-forward 176, vocabulary 128"
+        in out
+    )
+    assert re.search(
+        rf"weights +{PARAMETERS:,} parameters, \S+ KB in 8 files, bfloat16, untied", out
+    )
+    assert re.search(r"missing +tokenizer\n", out)
+    assert re.search(r"health +good\n", out)
+    (source / "tokenizer.model").write_text("x")
+    assert re.search(r"missing +nothing\n", done("inspect", source).out)
+
+
+def test_a_run_folder_an_interleaved_and_a_tied_model_are_told(tmp_path: Path) -> None:
+    nanotron.write(model(tied=True), tmp_path / "run" / "3", 2, 1, rope_interleaved=True)
+    found = json.loads(done("inspect", tmp_path / "run", "--json").out)
+    assert (found["layout"], found["tied"], found["rope"]) == ("tp2", True, "interleaved rows")
+
+
+def test_what_is_left_behind_is_told(tmp_path: Path) -> None:
+    step = write("tp2", tmp_path / "3")
+    for name in ("optimizer", "lr_scheduler", "random"):
+        (step / name).mkdir()
+    found = json.loads(done("inspect", step, "--json").out)
+    said = done(*move("tp2", step, "hf", tmp_path / "dst")).out
+    for word in ("optimizer", "scheduler", "random"):
+        assert any(word in line for line in found["left_behind"]), word
+        assert re.search(rf"left behind: .*{word}", said), said
+    shutil.rmtree(step / "optimizer")
+    assert not any(
+        "optimizer" in line
+        for line in json.loads(done("inspect", step, "--json").out)["left_behind"]
+    )
+
+
+def test_an_output_has_a_manifest(tmp_path: Path) -> None:
+    source = write("meta8", tmp_path / "src")
+    done(*move("meta8", source, "tp4", tmp_path / "dst"))
+    found = json.loads(done("inspect", tmp_path / "dst", "--json").out)
+    assert (found["layout"], found["manifest"], found["healthy"]) == ("tp4", True, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("meta8", "consolidated.05.pth"),
+        ("hf2", "model-00002-of-00002.safetensors"),
+        (
+            "tp2pp2",
+            "model/model/decoder/0/pp_block/mlp/down_proj/"
+            "model_weight_pp-rank-0-of-2_tp-rank-1-of-2.safetensors",
+        ),
+    ],
+)
+def test_damage_is_told_and_exits_1(kind: str, file: str, tmp_path: Path) -> None:
+    source = write(kind, tmp_path / "src")
+    os.truncate(source / file, (source / file).stat().st_size - 1)
+    found = call("inspect", source, "--json")
+    assert found.code == 1
+    told = json.loads(found.out)
+    assert told["healthy"] is False
+    assert re.search(rf"{Path(file).name}`: .*truncated", told["problems"][0])
+    text = call("inspect", source)
+    assert text.code == 1
+    assert re.search(r"PROBLEM +`.*truncated", text.out)
+    assert re.search(r"health +damaged\n", text.out)
+    (source / file).unlink()
+    missing = call("inspect", source)
+    assert missing.code == 1
+    assert Path(file).name in missing.out
+
+
+def checklist(source: Path) -> None:
+    """checklist.chk as Meta's download has it."""
+    lines = [
+        f"{hashlib.md5(file.read_bytes()).hexdigest()}  {file.name}"
+        for file in sorted(source.iterdir())
+    ]
+    (source / "checklist.chk").write_text("\n".join(lines) + "\n")
+
+
+def test_a_checklist_is_run_when_asked_for(tmp_path: Path) -> None:
+    source = write("meta4", tmp_path / "src")
+    refused_without = call("inspect", source, "--checksums")
+    assert refused_without.code == 1
+    assert "checklist.chk` is missing" in refused_without.out
+    checklist(source)
+    assert "health      good" in done("inspect", source, "--checksums").out
+    file = source / "consolidated.02.pth"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert call("inspect", source).code == 0, "headers are good: only the checklist can tell"
+    found = call("inspect", source, "--checksums")
+    assert found.code == 1
+    expected = (
+        rf"consolidated.02.pth`: md5 {hashlib.md5(data).hexdigest()}, expected [0-9a-f]{{32}}"
+    )
+    assert re.search(expected, found.out)
+    (source / "checklist.chk").write_text(f"{'0' * 32}  ../elsewhere\n")
+    outside = call("inspect", source, "--checksums")
+    assert outside.code in (1, 2)
+    assert "outside" in outside.out + outside.err
+
+
+def test_repeated_heads_are_told(tmp_path: Path) -> None:
+    meta.write(model(num_key_value_heads=4), tmp_path / "src", 8)
+    found = json.loads(done("inspect", tmp_path / "src", "--json").out)
+    assert found["model"]["kv_heads"] == 4
+    assert any("4 key-value heads, each stored 2 times" in line for line in found["assumed"])
+
+
+def test_one_directory_is_asked_for(tmp_path: Path) -> None:
+    refused(tmp_path, r"inspect: give one directory", "inspect")
+    refused(tmp_path, r"inspect: give one directory", "inspect", tmp_path, tmp_path)

@@ -1,0 +1,500 @@
+"""The plan against brute force: arrays of elements, and loops over ranks."""
+
+import ast
+import contextlib
+import re
+import tracemalloc
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+import reshard
+from reshard import plan as planning
+from reshard.errors import ConfigError
+from reshard.geometry import Cut, Placement, Region, uncut, whole
+from reshard.layout import Layout, Slot
+from reshard.moves import Load, Move, loads_of
+from reshard.plan import Plan
+from reshard.topologies import read_model
+from tests.layouts import config_of, layout_of, layout_pairs
+
+MODES = [("collective", "nearest"), ("collective", "owner"), ("direct", "nearest")]
+slow_inputs = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@contextlib.contextmanager
+def small_blocks(nbytes: int) -> Iterator[None]:
+    """Blocks of so few bytes that a tiny parameter has many."""
+    with mock.patch.object(planning, "MIN_BLOCK_BYTES", nbytes):
+        yield
+
+
+@st.composite
+def plans(draw: st.DrawFn, *, mode: str | None = None) -> Plan:
+    """A plan of random layouts for a few ranks, with its block size decided."""
+    source, target = draw(layout_pairs())
+    modes = [pair for pair in MODES if mode in (None, pair[0])]
+    plan = Plan(source, target, draw(st.integers(1, 7)), *draw(st.sampled_from(modes)))
+    with small_blocks(draw(st.sampled_from((1, 32, 128)))):
+        assert plan.block_bytes >= 1  # cached from here on
+    return plan
+
+
+REAL = {
+    "meta6 to tp3pp2": ("meta", {"tp": 6}, "nanotron", {"tp": 3, "pp": 2}),
+    "tp2pp5 to meta3": ("nanotron", {"tp": 2, "pp": 5}, "meta", {"tp": 3}),
+    "hf to tp6": ("hf", {}, "nanotron", {"tp": 6, "pp": 1, "rope_interleaved": True}),
+    "meta2 to hf": ("meta", {"tp": 2, "embedding_dim": 1}, "hf", {}),
+}
+
+
+def real_plan(name: str, world: int, exchange: str, writers: str, **model) -> Plan:
+    source, ours, target, theirs = REAL[name]
+    kind = config_of("a", **model)
+    return Plan(
+        layout_of(kind, source, **ours), layout_of(kind, target, **theirs), world, exchange, writers
+    )
+
+
+def all_moves(plan: Plan) -> list[Move]:
+    """Every move of the job once, by the plan's own order."""
+    if plan.exchange == "collective":
+        return list(plan.moves(0))
+    return [move for rank in range(plan.world) for move in plan.moves(rank)]
+
+
+def box(region: Region, origin: Region) -> tuple[slice, ...]:
+    """A region as an index of an array that lies on `origin`."""
+    pairs = zip(region.start, region.stop, origin.start, strict=True)
+    return tuple(slice(start - first, stop - first) for start, stop, first in pairs)
+
+
+# Blocks.
+
+
+@slow_inputs
+@given(plans())
+def test_blocks_tile_each_parameter_with_whole_rows_and_whole_heads(plan):
+    ordinals = []
+    for name in plan.names:
+        slots = plan.source.places[name] + plan.target.places[name]
+        shape = slots[0].placement.shape
+        grain = max(1, *(slot.placement.interleaved for slot in slots))
+        row = 0
+        row_bytes = whole(shape[1:]).numel * max(slot.dtype.itemsize for slot in slots)
+        for block in plan.blocks(name):
+            assert block.parameter == name
+            assert block.region.start == (row, *(0 for _ in shape[1:]))
+            assert block.region.stop[1:] == shape[1:]
+            row = block.region.stop[0]
+            assert row % grain == 0
+            height = block.region.shape[0]
+            assert 0 < height <= max(plan.block_bytes // row_bytes, grain)
+            ordinals.append(block.ordinal)
+        assert row == shape[0]
+    assert ordinals == list(range(plan.block_count()))
+
+
+@slow_inputs
+@given(plans())
+def test_a_block_has_one_home_unless_that_would_cut_a_head(plan):
+    for name in plan.names:
+        slots = plan.source.places[name] + plan.target.places[name]
+        grain = max(1, *(slot.placement.interleaved for slot in slots))
+        edges = {
+            edge
+            for slot in slots
+            for edge in map(slot.placement.cut.bounds, range(slot.placement.cut.parts))
+            if slot.placement.cut.dim == 0
+            for edge in edge
+        }
+        for block in plan.blocks(name):
+            inside = range(block.region.start[0] + 1, block.region.stop[0])
+            assert all(edge % grain for edge in edges if edge in inside)
+
+
+@slow_inputs
+@given(layout_pairs(), st.integers(1, 9), st.sampled_from(MODES))
+def test_the_block_table_depends_on_the_layouts_only(pair, world, mode):
+    one, other = Plan(*pair, 1), Plan(*pair, world, *mode)
+    assert [list(one.blocks(name)) for name in one.names] == [
+        list(other.blocks(name)) for name in other.names
+    ]
+    assert one.table_digest() == other.table_digest()
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [(0, 4 << 10), (1 << 20, 4 << 10), (5 << 20, 8 << 10), (3 << 30, 4 << 20), (1 << 40, 4 << 20)],
+)
+def test_blocks_are_4_mib_or_less_for_small_models(total, expected):
+    assert planning._block_bytes(total) == expected
+
+
+# Who reads.
+
+
+@pytest.mark.parametrize("world", range(1, 20))
+@pytest.mark.parametrize("coordinates", [1, 2, 3, 4, 8, 13])
+def test_coordinates_belong_to_ranks_by_the_rule(coordinates, world):
+    dealt = planning.deal(coordinates, world)
+    for coordinate in range(coordinates):
+        if coordinates >= world:
+            expected = [coordinate % world]
+        else:
+            expected = [rank for rank in range(world) if rank % coordinates == coordinate]
+        assert list(dealt[coordinate]) == expected
+
+
+@slow_inputs
+@given(plans(mode="collective"))
+def test_each_rank_reads_and_as_owner_writes_only_what_it_owns(plan):
+    def owns(rank: int, coordinate: int, coordinates: int) -> bool:
+        if coordinates >= plan.world:
+            return coordinate % plan.world == rank
+        return rank % coordinates == coordinate
+
+    for move in all_moves(plan):
+        for rank, stored in move.reads:
+            assert owns(rank, stored.coordinate, plan.source.coordinates)
+        for rank, piece in move.pieces if plan.writers == "owner" else ():
+            assert owns(rank, piece.coordinate, plan.target.coordinates)
+
+
+def test_ranks_that_share_a_coordinate_read_alike():
+    plan = real_plan("meta2 to hf", 6, "collective", "nearest")
+    totals = plan.totals()
+    for coordinate in (0, 1):
+        read = [totals[rank].read for rank in range(coordinate, 6, 2)]
+        assert max(read) <= 1.1 * min(read)
+
+
+def test_readers_and_owners_may_be_named():
+    source, target = (layout_of(config_of("b"), "meta", tp=tp) for tp in (3, 1))
+    plan = Plan(source, target, 4, "collective", "owner", ((3,), (2,), (0,)), ((1,),))
+    for move in plan.moves(0):
+        assert all(rank == (3, 2, 0)[stored.coordinate] for rank, stored in move.reads)
+        assert {rank for rank, _ in move.pieces} == {1}
+
+
+@slow_inputs
+@given(plans())
+def test_each_element_is_read_once_and_written_once_wherever_it_stands(plan):
+    for layout, side in ((plan.source, "reads"), (plan.target, "pieces")):
+        hits = {
+            (slot.file.format(shard=shard), slot.parameter): np.zeros(slot.placement.shape, int)
+            for slot in layout.slots
+            for shard in range(slot.placement.cut.parts)
+        }
+        expected = {place: table.copy() for place, table in hits.items()}
+        for slot in layout.slots:
+            for shard in range(slot.placement.cut.parts):
+                held = slot.placement.region(shard)
+                expected[slot.file.format(shard=shard), slot.parameter][
+                    box(held, whole(slot.placement.shape))
+                ] += 1
+        for move in all_moves(plan):
+            for rank, stored in getattr(move, side):
+                assert 0 <= rank < plan.world
+                table = hits[stored.file, move.block.parameter]
+                table[box(stored.region, whole(table.shape))] += 1
+        assert all(np.array_equal(hits[place], expected[place]) for place in hits)
+
+
+# Who writes, and what crosses.
+
+
+def readers_of(move: Move) -> np.ndarray:
+    """The rank that reads the first place of each element of a block."""
+    readers = np.full(move.block.region.shape, -1)
+    for rank, stored in move.reads:
+        if stored.copy == 0:
+            place = box(stored.region, move.block.region)
+            assert (readers[place] == -1).all()
+            readers[place] = rank
+    assert (readers >= 0).all()
+    return readers
+
+
+@slow_inputs
+@given(plans(mode="collective"))
+def test_nearest_writers_hold_most_of_a_piece(plan):
+    assume(plan.writers == "nearest")
+    for move in all_moves(plan):
+        readers = readers_of(move)
+        for rank, piece in move.pieces:
+            held = np.bincount(readers[box(piece.region, move.block.region)].ravel())
+            assert rank < len(held)
+            assert held[rank] == held.max()
+
+
+@slow_inputs
+@given(plans())
+def test_messages_carry_each_element_to_each_writer_that_lacks_it_once(plan):
+    for move in all_moves(plan):
+        readers = readers_of(move)
+        for writer in range(plan.world):
+            needed = np.zeros(readers.shape, bool)
+            for rank, piece in move.pieces:
+                if rank == writer:
+                    needed[box(piece.region, move.block.region)] = True
+            needed &= readers != writer
+            carried = np.zeros(readers.shape, int)
+            for message in move.messages:
+                if message.writer == writer:
+                    place = box(message.region, move.block.region)
+                    assert (readers[place] == message.reader).all()
+                    assert message.stored.copy == 0
+                    assert message.region & message.stored.region == message.region
+                    carried[place] += 1
+            assert np.array_equal(carried, needed)
+
+
+@slow_inputs
+@given(plans(mode="direct"))
+def test_nothing_crosses_in_direct_mode(plan):
+    for rank in range(plan.world):
+        for move in plan.moves(rank):
+            assert not move.messages
+            assert {member for member, _ in (*move.reads, *move.pieces)} == {rank}
+
+
+# The order of work.
+
+
+def counted(moves: list[Move], align: int) -> dict[int, Load]:
+    """Loads by their definition: sums over parts, each rounded up."""
+    loads: dict[int, Load] = {}
+
+    def of(rank: int) -> Load:
+        return loads.setdefault(rank, Load())
+
+    for move in moves:
+        target = move.pieces[0][1].dtype.itemsize
+        for rank, stored in move.reads:
+            numel = int(np.prod(stored.region.shape))
+            of(rank).read += -(-numel * stored.dtype.itemsize // align) * align
+        for rank, piece in move.pieces:
+            of(rank).written += -(-int(np.prod(piece.region.shape)) * target // align) * align
+        for message in move.messages:
+            size = min(message.stored.dtype.itemsize, target)
+            nbytes = -(-int(np.prod(message.region.shape)) * size // align) * align
+            of(message.reader).sent += nbytes
+            of(message.writer).received += nbytes
+    return loads
+
+
+def largest(loads: dict[int, Load]) -> int:
+    return max(max(load.read, load.sent, load.received, load.written) for load in loads.values())
+
+
+@slow_inputs
+@given(plans(), st.sampled_from((1, 64)))
+def test_loads_are_the_bytes_of_a_move(plan, align):
+    for move in all_moves(plan):
+        assert loads_of(move, align) == counted([move], align)
+
+
+@slow_inputs
+@given(plans(), st.sampled_from((1, 64)), st.integers(0, 500))
+def test_rounds_hold_every_move_once_and_fit_every_rank(plan, align, spare):
+    capacity = max(largest(counted([move], align)) for move in all_moves(plan)) + spare
+    seen = []
+    for rank in range(plan.world):
+        rounds = list(plan.rounds(rank, capacity, align))
+        assert all(rounds)
+        assert all(largest(counted(moves, align)) <= capacity for moves in rounds)
+        for group, follower in pairwise(rounds):
+            assert largest(counted([*group, follower[0]], align)) > capacity, "could be longer"
+        moves = [move for group in rounds for move in group]
+        assert moves == list(plan.moves(rank))
+        if plan.exchange == "collective":
+            assert moves == list(plan.moves(0))
+            seen = moves
+        else:
+            seen += moves
+    expected = [block for name in plan.names for block in plan.blocks(name)]
+    found = sorted((move.block for move in seen), key=lambda block: block.ordinal)
+    assert found == expected
+
+
+@slow_inputs
+@given(plans(mode="direct"))
+def test_direct_shares_are_even_up_to_a_block(plan):
+    loads = counted(all_moves(plan), 1)
+    shares = [loads.get(rank, Load()) for rank in range(plan.world)]
+    weights = [
+        sum(load.read + load.written for load in counted([move], 1).values())
+        for move in all_moves(plan)
+    ]
+    mean = sum(weights) / plan.world
+    for load in shares:
+        assert abs(load.read + load.written - mean) <= max(weights)
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("world", [1, 3, 5, 16])
+def test_direct_balance_of_real_layouts(name, world):
+    plan = real_plan(name, world, "direct", "nearest")
+    for kind in ("read", "written"):
+        found = [getattr(load, kind) for load in plan.totals().values()]
+        slack = 3 * plan.block_bytes  # a block's copies of kv heads and norms count as well
+        assert max(found) <= 1.05 * sum(found) / world + slack
+
+
+def test_collective_moves_keep_all_readers_busy():
+    plan = real_plan("meta6 to tp3pp2", 6, "collective", "nearest")
+    moves = list(plan.moves(0))
+    for start in range(0, len(moves) - 24, 24):
+        reading = {rank for move in moves[start : start + 24] for rank, _ in move.reads}
+        assert reading == set(range(6))
+
+
+# What it comes to.
+
+
+@settings(slow_inputs, max_examples=150)
+@given(plans())
+def test_totals_are_the_sum_over_all_moves(plan):
+    expected = {rank: Load() for rank in range(plan.world)} | counted(all_moves(plan), 1)
+    assert plan.totals() == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(("world", "model"), [(1, {}), (5, {"tied": True}), (8, {})])
+def test_totals_of_real_layouts_are_the_sum_over_all_moves(name, mode, world, model):
+    plan = real_plan(name, world, *mode, **model)
+    expected = {rank: Load() for rank in range(world)} | counted(all_moves(plan), 1)
+    assert plan.totals() == expected
+    for layout, kind in ((plan.source, "read"), (plan.target, "written")):
+        constants = sum(item.content.nbytes for item in layout.constants)
+        moved = sum(getattr(load, kind) for load in expected.values())
+        assert moved == layout.total_bytes() - constants
+    assert sum(load.sent for load in expected.values()) == sum(
+        load.received for load in expected.values()
+    )
+
+
+def alike_parameters_at_different_ordinals() -> Plan:
+    """Two files hold the same; whether the reader of a block owns one of them changes by block."""
+    names = [f"p{number}" for number in range(5)]
+    source = [Slot(n, Placement((4, 4), uncut(4)), n, "k", torch.float32) for n in names]
+    target = [
+        Slot(n, Placement((4, 4), uncut(4, 2)), n + "-{shard}", "k", torch.float32) for n in names
+    ]
+    return Plan(
+        Layout("x", "safetensors", 1, tuple(source)),
+        Layout("y", "safetensors", 2, tuple(target)),
+        3,
+        "collective",
+        "owner",
+    )
+
+
+@settings(slow_inputs, max_examples=150)
+@given(plans(), st.sampled_from((1, 64)))
+@example(alike_parameters_at_different_ordinals(), 1)
+def test_the_least_capacity_is_the_largest_load_of_a_block(plan, align):
+    expected = max(largest(counted([move], align)) for move in all_moves(plan))
+    assert plan.least_capacity(align) == expected
+
+
+def test_digests_differ_where_a_run_differs_and_nowhere_else():
+    def digest(world: int = 4, mode: tuple[str, str] = MODES[0], job: str = "job") -> str:
+        return real_plan("meta6 to tp3pp2", world, *mode).digest(job)
+
+    assert digest() == digest()
+    others = [digest(world=5), digest(mode=MODES[1]), digest(mode=MODES[2]), digest(job="other")]
+    assert len({digest(), *others}) == 5
+
+
+def test_table_digests_differ_where_a_layout_differs():
+    model = config_of("a")
+    source = layout_of(model, "meta", tp=6)
+    targets = [
+        layout_of(model, "nanotron", tp=3),
+        layout_of(model, "nanotron", tp=3, pp=2),
+        layout_of(model, "nanotron", tp=3, rope_interleaved=True),
+        layout_of(model, "nanotron", torch.float32, tp=3),
+        layout_of(model, "hf"),
+        layout_of(model, "hf", max_shard_bytes=20_000),
+    ]
+    digests = {Plan(source, target, 1).table_digest() for target in targets}
+    assert len(digests) == len(targets)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "writers", "message"),
+    [
+        ("both", "nearest", "unknown exchange `both`"),
+        ("collective", "all", "writers `all`"),
+        ("direct", "owner", "engine.writers=owner needs engine.exchange=collective"),
+    ],
+)
+def test_unknown_modes_are_refused(exchange, writers, message):
+    layout = layout_of(config_of("b"), "hf")
+    with pytest.raises(ConfigError, match=message):
+        Plan(layout, layout, 1, exchange, writers)
+
+
+@pytest.mark.parametrize("exchange", ["collective", "direct"])
+def test_planning_405b_takes_little_memory(exchange):
+    model = read_model("llama3.1-405b")
+    tracemalloc.start()
+    try:
+        plan = Plan(
+            layout_of(model, "meta", tp=16), layout_of(model, "nanotron", tp=8, pp=16), 8, exchange
+        )
+        assert plan.digest(plan.table_digest())
+        rounds = list(islice(plan.rounds(0, 8 << 20, 64), 3))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rounds) == 3
+    assert plan.block_count() > 100_000
+    assert peak < 100 << 20
+
+
+# The plan and what runs it know no format and no model.
+
+
+@pytest.mark.parametrize(
+    "module", ["plan", "moves", "engine", "packing", "buffers", "journal", "storage", "errors"]
+)
+def test_no_word_of_a_format_or_a_model_is_in_the_core(module):
+    text = Path(reshard.__file__).with_name(f"{module}.py").read_text()
+    words = r"nanotron|\bmeta\b|meta\d|llama|qwen|\brope|qkv"
+    words += r"|consolidated|hugging|\bhf\b|lm_head|\bpth\b"
+    found = [line for line in text.splitlines() if re.search(words, line, re.IGNORECASE)]
+    assert not found
+    strings = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    assert not [text for text in strings if isinstance(text, str) and text.endswith(".weight")]
+
+
+def test_a_cut_that_shards_cannot_share_evenly_is_planned():
+    """Chunks of 3, 3, 1 and none."""
+    chunked = Placement((7, 2), Cut(0, 7, 3, 4))
+    plain = Placement((7, 2), uncut(7))
+    source = Layout("x", "safetensors", 4, (Slot("p", chunked, "s{shard}", "k", torch.float32),))
+    target = Layout("y", "safetensors", 1, (Slot("p", plain, "t", "k", torch.float32),))
+    plan = Plan(source, target, 2)
+    assert plan.row_bounds("p") == (0, 3, 6, 7)
+    readers = [[(rank, stored.file) for rank, stored in move.reads] for move in plan.moves(0)]
+    assert sorted(readers) == [[(0, "s0")], [(0, "s2")], [(1, "s1")]]
+
+
+def test_chunks_that_cut_rotary_heads_do_not_cut_blocks():
+    chunked, heads = Placement((8, 2), Cut(0, 8, 3, 4)), Placement((8, 2), uncut(8), interleaved=4)
+    source = Layout("x", "safetensors", 4, (Slot("p", chunked, "s{shard}", "k", torch.float32),))
+    target = Layout("y", "safetensors", 1, (Slot("p", heads, "t", "k", torch.float32),))
+    assert Plan(source, target, 2).row_bounds("p") == (0, 8)
+    with small_blocks(16):
+        assert Plan(source, target, 2).row_bounds("p") == (0, 4, 8)
