@@ -17,6 +17,7 @@ from reshard.distributed import Ranks, launched_rank
 from reshard.engine import least_memory
 from reshard.errors import ConfigError, PeerError, ReshardError
 from reshard.prepare import prepare
+from reshard.storage import explained
 from reshard.topologies import near
 from reshard.watcher import report_failure
 
@@ -168,6 +169,9 @@ def _start(config: configuration.JobConfig, ranks: list[Ranks]) -> Ranks:
 
 def _run(arguments: argparse.Namespace, config: configuration.JobConfig, ranks: list[Ranks]) -> int:
     """Reshard; without any path, the demo."""
+    if arguments.report and launched_rank() == 0:
+        with explained("write", Path(arguments.report)):
+            Path(arguments.report).touch()
     met = _start(config, ranks)
 
     def say(line: str) -> None:

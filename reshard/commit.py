@@ -111,7 +111,7 @@ def _tensor_crc(
     file: str, content: Content, offset: int, records: Sequence[Record], data: bytes | None
 ) -> int:
     """The checksum of one stored tensor, whose runs must cover it exactly once."""
-    if data is not None:
+    if data is not None and not records:
         return isal_zlib.crc32(data)
     position, crc = offset, 0
     end = offset + content.nbytes - content.padding * content.dtype.itemsize
@@ -149,12 +149,19 @@ def finish_file(
     starts = [record.offset for record in rest]
     extents: list[Extent] = []
     fields: dict[int, int] = {}
+    taken: list[int] = []
     for content in sorted(layout.contents(file), key=lambda item: skeleton.offsets[item.key]):
         offset = skeleton.offsets[content.key]
         own = rest[bisect_left(starts, offset) : bisect_left(starts, offset + content.nbytes)]
+        taken.append(len(own))
         crc = _tensor_crc(file, content, offset, own, constants.get(content.key))
         extents.append(Extent(offset, content.nbytes, content.key, crc))
         fields |= dict.fromkeys(skeleton.checksums.get(content.key, ()), crc)
+    if len(rest) != sum(taken):
+        raise StorageError(
+            f"`{file}`: a run lies outside all tensors; this is a bug of the program: "
+            "the result is not published"
+        )
     _patch(data / file, fields)
     for start, chunk in skeleton.chunks:
         patched = bytearray(chunk)

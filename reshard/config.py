@@ -24,9 +24,11 @@ from reshard.topologies import (
     near,
     read_model,
     read_yaml,
+    readable,
     resolve,
 )
 
+MAX_TIMEOUT = 1e7
 DTYPES = {
     "keep": None,
     "bfloat16": torch.bfloat16,
@@ -136,7 +138,9 @@ class JobConfig:
 
 def parse_size(text: str, key: str) -> int:
     """Bytes from `256MiB`, `5GB` or a plain number; `key` is for the message."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", str(text).strip(), re.IGNORECASE)
+    match = re.fullmatch(
+        r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]i?B|)", str(text).strip(), re.IGNORECASE
+    )
     if match is None:
         raise ConfigError(f"{key}: `{text}` is not a size; write it like 256MiB or 5GB")
     return int(float(match[1]) * UNITS[match[2].upper()])
@@ -166,7 +170,8 @@ def _dotlist(overrides: Sequence[str]) -> dict[str, Json]:
         key, equals, _ = item.partition("=")
         if not equals or not re.fullmatch(r"(src|dst|engine)(\.\w+)+", key):
             raise ConfigError(f"`{item}` is not KEY=VALUE with a key below src, dst or engine")
-    return container(OmegaConf.from_dotlist(list(overrides)), "command line")
+    with readable("command line"):
+        return container(OmegaConf.from_dotlist(list(overrides)), "command line")
 
 
 def _merge(trees: Sequence[Mapping[str, Json]], name: str) -> dict[str, Json]:
@@ -191,21 +196,23 @@ def _check_keys(tree: Mapping[str, Json]) -> None:
     levels = {"src": SourceConfig, "dst": TargetConfig, "engine": EngineConfig}
     for name, branch in tree.items():
         if name not in levels:
-            raise ConfigError(f"unknown key `{name}`: {near(name, list(levels))}")
+            raise ConfigError(f"unknown key `{name}`: {near(str(name), list(levels))}")
         if not isinstance(branch, Mapping):
             raise ConfigError(f"`{name}` is {branch!r}, expected keys and values")
         known = [item.name for item in fields(levels[name])]
         for key, value in branch.items():
             if key not in known:
                 raise ConfigError(f"unknown key `{name}.{key}`: {near(str(key), known)}")
-            if (
-                key == "mesh"
-                and isinstance(value, Mapping)
-                and (wrong := [axis for axis in value if axis not in AXES])
-            ):
-                raise ConfigError(
-                    f"unknown key `{name}.mesh.{wrong[0]}`: {near(str(wrong[0]), AXES)}"
-                )
+            if key == "mesh" and value is not None:
+                _check_axes(f"{name}.mesh", value)
+
+
+def _check_axes(key: str, mesh: Json) -> None:
+    """Refuse a mesh that is not sizes by axis."""
+    if not isinstance(mesh, Mapping):
+        raise ConfigError(f"{key} is {mesh!r}, expected sizes by axis, like {{tp: 4}}")
+    if wrong := [axis for axis in mesh if axis not in AXES]:
+        raise ConfigError(f"unknown key `{key}.{wrong[0]}`: {near(str(wrong[0]), AXES)}")
 
 
 def _checked(schema: Schema) -> JobConfig:
@@ -220,7 +227,7 @@ def _checked(schema: Schema) -> JobConfig:
             "engine.writers=owner does not apply to engine.exchange=direct, where nothing crosses; "
             "use collective"
         )
-    if engine.timeout <= 0:
+    if not 0 < engine.timeout <= MAX_TIMEOUT:
         raise ConfigError(f"engine.timeout: {engine.timeout:g} is not a time in seconds")
     source = _side(schema.src, "src", tied=schema.src.tied, rope_factor=schema.src.rope_factor)
     target = _side(schema.dst, "dst")

@@ -173,6 +173,7 @@ class Engine:
         if moves is None:
             return None
         current = Round([move for move in moves if not self._finished(move)])
+        self.counters.resumed += self._own_bytes(moves) - self._own_bytes(current.moves)
         wanted = [
             (place, stored)
             for place, move in enumerate(current.moves)
@@ -184,6 +185,11 @@ class Engine:
         for (place, stored), part in zip(wanted, parts, strict=True):
             current.loaded.setdefault((place, stored.copy), []).append(part)
         return current
+
+    def _own_bytes(self, moves: Sequence[Move]) -> int:
+        """Bytes of the pieces that this rank writes."""
+        pieces = (pair for move in moves for pair in move.pieces)
+        return sum(piece.nbytes for rank, piece in pieces if rank == self._rank)
 
     def _finished(self, move: Move) -> bool:
         """Whether an earlier attempt wrote all of a move, and nothing of it has to be compared."""

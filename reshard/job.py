@@ -295,6 +295,7 @@ class _Run:
             seconds=seconds,
             ranks=self.ranks.gather(mine),
             file_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            purpose=self.prepared.target_format.purpose(self.prepared.target_options),
             notes=self.prepared.notes,
             warnings=warnings,
         )

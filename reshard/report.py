@@ -104,6 +104,7 @@ class Report:
     seconds: Mapping[str, float]
     ranks: Sequence[Figures]
     file_bytes: int
+    purpose: str
     notes: Sequence[str]
     warnings: Sequence[str]
 
@@ -149,6 +150,7 @@ class Report:
         return (
             f"done: {size_text(total)} in {seconds:.2f} s ({size_text(total / seconds)}/s), "
             f"{self.plan.source.name} -> {self.plan.target.name} in {self.target}"
+            + (f" ({self.purpose})" if self.purpose else "")
         )
 
 

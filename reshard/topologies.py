@@ -1,15 +1,16 @@
 """What a name on the command line stands for: shipped topologies and models, files, directories."""
 
+import contextlib
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from reshard.errors import ConfigError
+from reshard import formats
+from reshard.errors import ConfigError, ReshardError
 from reshard.families.model import Json, ModelConfig, from_hf
 from reshard.formats import common
 
@@ -38,15 +39,22 @@ def near(word: str, known: Sequence[str]) -> str:
     return f"did you mean `{close[0]}`?" if close else f"use one of {', '.join(known)}"
 
 
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Turn the errors of OmegaConf and of the YAML parser below it into one line."""
+    try:
+        yield
+    except ReshardError:
+        raise
+    except Exception as error:  # the YAML parser's errors have no base that OmegaConf shares
+        raise ConfigError(f"`{name}`: not readable as YAML: {first_line(error)}") from None
+
+
 def read_yaml(path: Path) -> dict[str, Json]:
     """A YAML file as plain data."""
     text = common.read_text(path)
-    try:
+    with readable(str(path)):
         return container(OmegaConf.create(text), str(path))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"`{path}`: {first_line(error)}") from None
-    except Exception as error:  # yaml's errors have no base that OmegaConf names
-        raise ConfigError(f"`{path}`: not valid YAML: {first_line(error)}") from None
 
 
 def container(value: object, name: str) -> dict[str, Json]:
@@ -115,7 +123,7 @@ def read_model(spec: str) -> ModelConfig:
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
-        return from_hf(common.read_json(path), str(path))
+        return formats.read_model(path)
     own = shipped() / "models" / f"{spec}.yaml"
     if re.fullmatch(r"[\w.-]+", spec) and own.is_file():
         return from_hf(container(OmegaConf.create(own.read_text(encoding="utf-8")), spec), spec)

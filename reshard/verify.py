@@ -80,7 +80,10 @@ def _spans(path: Path) -> tuple[list[Span], dict[str, int]]:
         raise CheckpointError(
             f"`{path}`: has no {common.MANIFEST}; compare it with another checkpoint: verify A B"
         )
-    record = common.read_json(name)
+    try:
+        record = common.read_json(name)
+    except CheckpointError as error:
+        raise VerifyError(str(error)) from None
     crc = record.pop("crc32", None)
     if crc != isal_zlib.crc32(common.dump_json(record)):
         raise VerifyError(f"`{name}`: differs from its own checksum")

@@ -7,6 +7,8 @@ Leaving means `os._exit`: nothing else frees a thread that waits in a collective
 
 import json
 import os
+import select
+import signal
 import socket
 import sys
 import threading
@@ -55,41 +57,79 @@ def _lives(pid: int) -> bool:
 
 
 class Watcher(threading.Thread):
-    """The thread of one rank that looks after all; `timeout` is in seconds without a step."""
+    """The thread of one rank that looks after all; `timeout` is in seconds without a step.
+
+    It takes SIGTERM over, which launchers send to the survivors of a rank that died: the handler of
+    a thread that waits in a collective call would never run, so the signal wakes this thread.
+    """
 
     def __init__(
         self, store: distributed_c10d.Store, rank: int, world: int, timeout: float
     ) -> None:
         super().__init__(name="watcher", daemon=True)
         self._store, self._rank, self._world, self._timeout = store, rank, world, timeout
-        self._stopped = threading.Event()
         self._parent = os.getppid()
+        self._alarm, self._bell = os.pipe()
+        os.set_blocking(self._bell, False)
+        self._stopped = False
+        self._old_handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        self._old_bell = signal.set_wakeup_fd(self._bell, warn_on_full_buffer=False)
         self.activity = Activity(home=_home(), pid=os.getpid())
+        self._heard, self._heard_at = -1, time.monotonic()
+        self._steps, self._moved_at = -1, time.monotonic()
+        self._all_steps: list[int] = []
+        self._say()
 
     def run(self) -> None:
         """Look around until stopped; without its store or its launcher the job is gone."""
-        heard, heard_at = -1, time.monotonic()
-        steps, moved_at = -1, time.monotonic()
-        while not self._stopped.wait(BEAT_SECONDS):
-            now = time.monotonic()
+        while True:
+            rung = select.select([self._alarm], [], [], BEAT_SECONDS)[0]
+            signals = os.read(self._alarm, 64) if rung else b""
+            if self._stopped:
+                return
             try:
+                if signal.SIGTERM in signals:
+                    self._terminated()
                 self._say()
-                if self._store.check(["failed"]):
-                    self.leave(json.loads(self._store.get("failed")))
-                neighbour = self._peer((self._rank + 1) % self._world)
-                if neighbour is not None and neighbour.beat != heard:
-                    heard, heard_at = neighbour.beat, now
-                if self.activity.steps != steps:
-                    steps, moved_at = self.activity.steps, now
-                if neighbour is not None and self._gone(neighbour, now - heard_at):
-                    gone = (self._rank + 1) % self._world
-                    self.fail(f"rank {gone} died in phase `{neighbour.phase}`", 1)
-                if now - moved_at > self._timeout:
-                    self.fail(self._who_hangs(), 1)
-            except (dist.DistError, RuntimeError, OSError):
+                self._look()
+            except (dist.DistError, RuntimeError, OSError, ValueError):
                 self.leave(1)
             if os.getppid() != self._parent:
                 self.leave(1)
+
+    def _look(self) -> None:
+        """Leave where a rank has failed; fail where the next rank has died or this one hangs."""
+        now = time.monotonic()
+        if self._store.check(["failed"]):
+            self.leave(json.loads(self._store.get("failed")))
+        neighbour = self._peer((self._rank + 1) % self._world)
+        if neighbour is not None and neighbour.beat != self._heard:
+            self._heard, self._heard_at = neighbour.beat, now
+        if neighbour is not None and self._gone(neighbour, now - self._heard_at):
+            self._mourn((self._rank + 1) % self._world, neighbour)
+        if self.activity.steps != self._steps:
+            self._steps, self._moved_at = self.activity.steps, now
+        if now - self._moved_at > self._timeout:
+            self._too_long(now)
+
+    def _too_long(self, now: float) -> None:
+        """Fail where this rank hangs; where it waits, if no rank gets on for as long again."""
+        peers = [self._peer(rank) for rank in range(self._world)]
+        all_steps = [-1 if peer is None else peer.steps for peer in peers]
+        if not self.activity.waiting or all_steps == self._all_steps:
+            self.fail(self._who_hangs(), 1)
+        self._all_steps, self._moved_at = all_steps, now
+
+    def _terminated(self) -> None:
+        """Say which rank has died where that is why the launcher ends this one, then leave."""
+        for rank in range(self._world):
+            peer = self._peer(rank)
+            if peer is not None and self._gone(peer, 0.0):
+                self._mourn(rank, peer)
+        self.leave(128 + signal.SIGTERM)
+
+    def _mourn(self, rank: int, peer: Activity) -> None:
+        self.fail(f"rank {rank} died in phase `{peer.phase}`", 1)
 
     def _gone(self, other: Activity, silence: float) -> bool:
         """Whether a rank has died: on this machine its process tells, elsewhere its silence."""
@@ -101,10 +141,15 @@ class Watcher(threading.Thread):
 
     def stop(self) -> None:
         """This rank is done, and may go without being missed."""
-        self._stopped.set()
+        self._stopped = True
+        os.write(self._bell, b"\0")
         self.join()
         self.activity.done = True
         self._say()
+        signal.set_wakeup_fd(self._old_bell)
+        signal.signal(signal.SIGTERM, self._old_handler)
+        os.close(self._alarm)
+        os.close(self._bell)
 
     def fail(self, message: str, code: int) -> None:
         """Claim a failure and end this process; where another rank was first, leave as it says."""

@@ -82,6 +82,7 @@ class Workspace:
         """Look at what is there; refuse what must not be touched, discard what --force gives up."""
         if self._finished():
             shutil.rmtree(self.partial, ignore_errors=True)
+            shutil.rmtree(self._beside("replaced"), ignore_errors=True)
             return State.DONE
         self._refuse_existing(force=force)
         for other in self._others():

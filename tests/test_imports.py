@@ -89,6 +89,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "job",
         "prepare",
         "report",
+        "storage",
         "topologies",
         "verify",
         "watcher",

@@ -4,6 +4,8 @@ NAME, ASSETS                              its name in a topology; the small file
 layout(parameters, model, options)        where every parameter lies: pure, for reading and writing
 detect(path) -> bool                      whether a directory is of this format
 scan(path, options) -> Scan               the model and the layout of a directory that exists
+purpose(options) -> str                   what a target is for, where that needs saying
+model_of(record, path)                    the model that a JSON file of the format describes
 notes(model, options) -> tuple[str, ...]  what the plan says of a target
 side_files(model, layout, options)        the small files that make a target complete
 """
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from reshard.errors import CheckpointError, ConfigError
-from reshard.families.model import ModelConfig
+from reshard.families.model import Json, ModelConfig
+from reshard.formats import common
 from reshard.formats.options import Options, Scan
 from reshard.layout import Layout, Parameter
 
@@ -37,6 +40,12 @@ class Format(Protocol):
 
     def scan(self, path: Path, options: Options) -> Scan:
         """The model and the layout of a directory."""
+
+    def purpose(self, options: Options) -> str:
+        """What a target is for, where that needs saying."""
+
+    def model_of(self, record: Mapping[str, Json], path: Path) -> ModelConfig | None:
+        """The model that a JSON file of this format describes, or None for a file of another."""
 
     def notes(self, model: ModelConfig, options: Options) -> tuple[str, ...]:
         """What the plan says of a target."""
@@ -62,6 +71,16 @@ def named(name: str) -> Format:
             f"format `{name}` is not known; use one of {', '.join(sorted(formats()))}"
         )
     return formats()[name]
+
+
+def read_model(path: Path) -> ModelConfig:
+    """The model that a config.json, params.json or model_config.json describes on its own."""
+    record = common.read_json(path)
+    for known in formats().values():
+        model = known.model_of(record, path)
+        if model is not None:
+            return model
+    raise CheckpointError(f"`{path}`: describes no model that a known format would have")
 
 
 def detect(path: Path) -> Format:

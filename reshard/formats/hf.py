@@ -5,13 +5,13 @@ embedding is what the config says, never what is missing. config.json is written
 spells it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from reshard import containers, families
 from reshard.errors import CheckpointError, LayoutError
-from reshard.families.model import ModelConfig, from_hf, to_hf
+from reshard.families.model import Json, ModelConfig, from_hf, to_hf
 from reshard.formats import common
 from reshard.formats.options import Mesh, Options, Scan
 from reshard.geometry import Placement, uncut
@@ -87,6 +87,11 @@ def _fill(parameters: Sequence[Parameter], limit: int) -> dict[str, str]:
     }
 
 
+def purpose(options: Options) -> str:
+    """What a target of this format is for, where that needs saying."""
+    return ""
+
+
 def notes(model: ModelConfig, options: Options) -> tuple[str, ...]:
     """What the plan says about a target of this format."""
     return ("tied embeddings: no lm_head.weight, config.json says so",) if model.tied else ()
@@ -100,6 +105,11 @@ def detect(path: Path) -> bool:
 def ignored(key: str) -> bool:
     """Stored tensors that follow from the config."""
     return key.endswith(UNUSED_SUFFIX)
+
+
+def model_of(record: Mapping[str, Json], path: Path) -> ModelConfig | None:
+    """The model that a config.json describes, or None for another file."""
+    return from_hf(record, str(path)) if "model_type" in record else None
 
 
 def scan(path: Path, options: Options) -> Scan:

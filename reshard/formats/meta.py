@@ -83,6 +83,11 @@ def embedding_dim(model: ModelConfig, options: Options) -> int:
     return 1 if model.rope_theta in (10000.0, 1000000.0) and model.rope_scaling is None else 0
 
 
+def purpose(options: Options) -> str:
+    """What a target of this format is for, where that needs saying."""
+    return ""
+
+
 def notes(model: ModelConfig, options: Options) -> tuple[str, ...]:
     """What the plan says about a target of this format."""
     found = []
@@ -147,16 +152,22 @@ def ignored(key: str) -> bool:
     return key == ROPE_FREQUENCIES
 
 
+def model_of(record: Mapping[str, Json], path: Path) -> ModelConfig | None:
+    """The model that a params.json describes, or None for another file."""
+    known = "n_heads" in record or "model" in record
+    return meta_params.imagine(path) if known else None
+
+
 def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a directory from its params.json and the header of its first file."""
     mp = _count_files(path, options)
-    params = meta_params.read(path)
+    params = meta_params.read(path / meta_params.PARAMS)
     entries = containers.index(path / FILE.format(shard=0)).entries
     known = options.model or common.manifest_model(path)
     sizes = _sizes(path, entries, params, mp)
-    meta_params.check(path, params, sizes)
+    meta_params.check(path / meta_params.PARAMS, params, sizes)
     model, assumed = meta_params.to_model(
-        path, params, sizes, known=known, rope_factor=options.rope_factor
+        path / meta_params.PARAMS, params, sizes, known=known, rope_factor=options.rope_factor
     )
     for decide in (_drop_copied_heads, _tie):
         model, said = decide(path, model, mp, options, known)

