@@ -34,7 +34,7 @@ from reshard.plan import Plan
 from reshard.storage import Files
 
 RESERVED_BYTES = 12 << 20
-MAX_ROUND_BYTES = 8 << 20
+MAX_ROUND_BYTES = 16 << 20
 
 
 class Exchange(Protocol):

