@@ -1,5 +1,11 @@
 """`python -m reshard`."""
 
-from reshard.cli import entry
+import sys
+
+try:
+    from reshard.cli import entry
+except KeyboardInterrupt:
+    # Importing torch takes seconds, in which nothing has begun.
+    sys.exit(130)
 
 entry()

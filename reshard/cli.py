@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 import traceback
@@ -21,7 +22,13 @@ from reshard.storage import explained
 from reshard.topologies import near
 from reshard.watcher import report_failure
 
-VERBS = ("run", "plan", "inspect", "verify")
+FLAGS = {
+    "run": ("src", "dst", "config", "report", "force", "debug"),
+    "plan": ("src", "dst", "config", "world", "debug"),
+    "inspect": ("json", "checksums", "debug"),
+    "verify": ("debug",),
+}
+VERBS = tuple(FLAGS)
 ELSEWHERE_SECONDS = 5.0
 DESCRIPTION = """\
 Reshards LLM checkpoints between Meta MP, Nanotron TPxPP and Hugging Face, bit for bit,
@@ -37,7 +44,8 @@ or for a source a checkpoint's directory. KEY=VALUE sets any key of the configur
   src.path dst.path          directories of the checkpoints
   src.model                  a name in configs/models, or a config.json, where the source has none
   src.replicas=first|strict  what to do when replicated tensors differ
-  src.tied src.rope_factor src.rope_interleaved      what the files of a source do not say
+  src.tied src.rope_factor src.rope_interleaved      what the files of a source do not say;
+                             these and src.model also for inspect and verify (there both sides)
   dst.dtype=keep|bfloat16|float16|float32
   dst.max_shard_size=5GB dst.embedding_dim=auto|0|1 dst.vocab_multiple=N
   dst.rope_interleaved=true|false dst.like=DIR
@@ -62,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Flags of all verbs; what belongs to which is checked by the verb."""
+    """Flags of all verbs; FLAGS says which belong to which."""
     made = _Parser(
         prog="reshard",
         description=DESCRIPTION,
@@ -117,6 +125,11 @@ def main(argv: Sequence[str]) -> int:
             ranks,
             secondary=False,
         )
+    except OSError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        where = f"`{error.filename}`: " if error.filename else ""
+        return _failed(f"{where}{error.strerror or error}", 1, ranks, secondary=False)
     except Exception as error:  # the last resort: a bug still is one line
         if "--debug" in argv:
             traceback.print_exc()
@@ -136,9 +149,10 @@ def _failed(message: str, code: int, ranks: Sequence[Ranks], *, secondary: bool)
     elif launched_rank() == 0:
         report_failure(message)
     else:
-        # Before the ranks have met, all fail alike and rank 0 speaks; leaving before it would have
-        # it killed.
+        # Before the ranks have met, all fail alike as a rule: rank 0 speaks, and its launcher ends
+        # this process. Leaving before would have rank 0 killed; who is left after failed alone.
         time.sleep(ELSEWHERE_SECONDS)
+        report_failure(message)
     return code
 
 
@@ -146,16 +160,37 @@ def _dispatch(arguments: argparse.Namespace, ranks: list[Ranks]) -> int:
     """Sort words into a verb, paths and KEY=VALUE items, and call the verb."""
     words = list(arguments.words)
     verb = words.pop(0) if words and words[0] in VERBS else "run"
+    _check_flags(arguments, verb)
     overrides = [word for word in words if "=" in word]
     paths = [word for word in words if "=" not in word]
     if verb in ("run", "plan") and paths:
         raise ConfigError(f"`{paths[0]}` is neither a verb nor KEY=VALUE: {near(paths[0], VERBS)}")
     if verb == "inspect":
-        return _inspect(arguments, paths)
+        return _inspect(arguments, paths, overrides)
     if verb == "verify":
         return _verify(paths, overrides, ranks)
     config = configuration.load(arguments.src, arguments.dst, overrides, arguments.config)
     return _plan(arguments, config) if verb == "plan" else _run(arguments, config, ranks)
+
+
+def _check_flags(arguments: argparse.Namespace, verb: str) -> None:
+    """Refuse flags that the verb would ignore."""
+    for flag, value in vars(arguments).items():
+        given = value is not None and value is not False and flag != "words"
+        if given and flag not in FLAGS[verb]:
+            known = [other for other in VERBS if flag in FLAGS[other]]
+            raise ConfigError(
+                f"`--{flag}` does not apply to `{verb}`; it is for {' and '.join(known)}"
+            )
+
+
+def _say(lines: Sequence[str]) -> None:
+    """Print at once; a reader that is gone (`| head`) has seen enough, and ends no job."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # What is buffered would fail once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _start(config: configuration.JobConfig, ranks: list[Ranks]) -> Ranks:
@@ -163,32 +198,43 @@ def _start(config: configuration.JobConfig, ranks: list[Ranks]) -> Ranks:
     met = Ranks(config.engine.backend, config.engine.timeout)
     ranks.append(met)
     if met.remark and met.rank == 0:
-        print(met.remark)
+        _say([met.remark])
     return met
 
 
 def _run(arguments: argparse.Namespace, config: configuration.JobConfig, ranks: list[Ranks]) -> int:
     """Reshard; without any path, the demo."""
-    if arguments.report and launched_rank() == 0:
-        with explained("write", Path(arguments.report)):
-            Path(arguments.report).touch()
     met = _start(config, ranks)
+    report_file = Path(arguments.report) if arguments.report is not None else None
+    if report_file is not None:
+        met.together(lambda: _check_writable(report_file) if met.rank == 0 else None)
 
     def say(line: str) -> None:
         if met.rank == 0:
-            print(line, flush=True)
+            _say([line])
 
     if config.source.path is None and config.target.path is None:
         demo = Demo(config, Path("reshard-demo"))
         say(demo.first_line())
         config = demo.make_source(met)
     figures = job.run(config, met, force=arguments.force, say=say)
-    if met.rank == 0 and arguments.report:
-        Path(arguments.report).write_text(figures.to_json(), encoding="utf-8")
+    if met.rank == 0 and report_file is not None:
+        with explained("write", report_file):
+            report_file.write_text(figures.to_json(), encoding="utf-8")
     say(figures.last_line())
     met.barrier("done")
     met.close()
     return 0
+
+
+def _check_writable(file: Path) -> None:
+    """Refuse a report that could not be written, before a job of hours; nothing is made."""
+    if file.is_dir():
+        raise ConfigError(f"--report: `{file}` is a directory; name a file")
+    if not file.parent.is_dir():
+        raise ConfigError(f"--report: `{file}`: its directory does not exist; make it first")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"--report: `{file}` cannot be written: permission denied")
 
 
 def _plan(arguments: argparse.Namespace, config: configuration.JobConfig) -> int:
@@ -200,25 +246,21 @@ def _plan(arguments: argparse.Namespace, config: configuration.JobConfig) -> int
         raise ConfigError(f"--world: {world} is not a number of ranks")
     prepared = prepare(config)
     plan = prepared.plan(world)
-    print(
-        "\n".join(
-            report.plan_lines(
-                prepared, plan, config.engine.memory, least_memory(plan, plan.least_capacity(ALIGN))
-            )
-        )
-    )
+    least = least_memory(plan, plan.least_capacity(ALIGN))
+    _say(report.plan_lines(prepared, plan, config.engine.memory, least))
     return 0
 
 
-def _inspect(arguments: argparse.Namespace, paths: Sequence[str]) -> int:
+def _inspect(arguments: argparse.Namespace, paths: Sequence[str], overrides: Sequence[str]) -> int:
     """Print what a directory holds."""
+    options = configuration.load(None, None, overrides, None).source.options
     if len(paths) != 1:
         raise ConfigError("inspect: give one directory")
     if launched_rank() != 0:
         return 0
-    found = inspection.inspect(Path(paths[0]), checksums=arguments.checksums)
-    print(json.dumps(found, indent=2) if arguments.json else "\n".join(inspection.lines(found)))
-    return 0 if found["healthy"] else 1
+    found = inspection.inspect(Path(paths[0]), options, checksums=arguments.checksums)
+    _say([json.dumps(found.to_json(), indent=2)] if arguments.json else found.lines())
+    return 1 if found.problems else 0
 
 
 def _verify(paths: Sequence[str], overrides: Sequence[str], ranks: list[Ranks]) -> int:
@@ -230,9 +272,11 @@ def _verify(paths: Sequence[str], overrides: Sequence[str], ranks: list[Ranks]) 
     if len(paths) == 1:
         lines = verify.against_manifest(Path(paths[0]), met)
     else:
-        lines = verify.against_other(Path(paths[0]), Path(paths[1]), config.engine.memory, met)
+        one, other = map(Path, paths)
+        options, memory = config.source.options, config.engine.memory
+        lines = verify.against_other(one, other, options, memory, met)
     if met.rank == 0:
-        print("\n".join(lines), flush=True)
+        _say(lines)
     met.barrier("done")
     met.close()
     return 0

@@ -29,6 +29,14 @@ from reshard.topologies import (
 )
 
 MAX_TIMEOUT = 1e7
+TEXT_KEYS = frozenset(
+    f"{side}.{key}" for side in ("src", "dst") for key in ("topology", "path", "model", "like")
+)
+# Keys that every format knows; the others are named by the formats.
+COMMON_KEYS = {
+    "src": ("topology", "format", "mesh", "path", "model", "replicas"),
+    "dst": ("topology", "format", "mesh", "path", "dtype", "like"),
+}
 DTYPES = {
     "keep": None,
     "bfloat16": torch.bfloat16,
@@ -105,12 +113,16 @@ class Schema:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One checked side of a job. `format` None: to be detected in `path`."""
+    """One checked side of a job. `format` None: to be detected in `path`.
+
+    `given` are the keys that not every format knows and that are not as by default.
+    """
 
     format: str | None
     path: Path | None
     options: Options
     dtype: torch.dtype | None
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +182,21 @@ def _dotlist(overrides: Sequence[str]) -> dict[str, Json]:
         key, equals, _ = item.partition("=")
         if not equals or not re.fullmatch(r"(src|dst|engine)(\.\w+)+", key):
             raise ConfigError(f"`{item}` is not KEY=VALUE with a key below src, dst or engine")
+    # A path may look like anything: text is taken as it stands, only the rest is read as YAML.
+    texts = [item for item in overrides if item.partition("=")[0] in TEXT_KEYS]
     with readable("command line"):
-        return container(OmegaConf.from_dotlist(list(overrides)), "command line")
+        typed = OmegaConf.from_dotlist([item for item in overrides if item not in texts])
+    for item in texts:
+        key, _, value = item.partition("=")
+        OmegaConf.update(typed, key, value)
+    with readable("command line"):
+        return container(typed, "command line")
 
 
 def _merge(trees: Sequence[Mapping[str, Json]], name: str) -> dict[str, Json]:
-    merged = OmegaConf.merge(*(OmegaConf.create(dict(tree)) for tree in trees))
-    return container(merged, name)
+    with readable(name):
+        merged = OmegaConf.merge(*(OmegaConf.create(dict(tree)) for tree in trees))
+        return container(merged, name)
 
 
 def _typed(trees: Sequence[Mapping[str, Json]]) -> Schema:
@@ -203,6 +223,8 @@ def _check_keys(tree: Mapping[str, Json]) -> None:
         for key, value in branch.items():
             if key not in known:
                 raise ConfigError(f"unknown key `{name}.{key}`: {near(str(key), known)}")
+            if f"{name}.{key}" in TEXT_KEYS and not isinstance(value, str | None):
+                raise ConfigError(f"{name}.{key} is {value!r}, expected text; put it in quotes")
             if key == "mesh" and value is not None:
                 _check_axes(f"{name}.mesh", value)
 
@@ -275,5 +297,8 @@ def _side(
         rope_factor=rope_factor,
         model=read_model(config.model) if config.model else None,
     )
-    path = Path(config.path) if config.path else None
-    return Side(config.format, path, options, DTYPES[config.dtype])
+    path = Path(config.path).expanduser() if config.path else None
+    plain = type(config)()
+    given = [item.name for item in fields(config) if item.name not in COMMON_KEYS[name]]
+    changed = frozenset(key for key in given if getattr(config, key) != getattr(plain, key))
+    return Side(config.format, path, options, DTYPES[config.dtype], changed)

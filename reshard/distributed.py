@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from reshard.errors import ConfigError, PeerError, ReshardError
 from reshard.watcher import Activity, Watcher, report_failure
 
+PATIENCE = timedelta(days=30)
 T = TypeVar("T")
 
 
@@ -81,11 +82,10 @@ class Ranks:
         self._control: dist.ProcessGroup | None = None
         if self.world > 1:
             torch.set_num_threads(1)
-            self._control = (
-                dist.new_group(backend="gloo", timeout=limit)
-                if chosen == "nccl"
-                else dist.group.WORLD
-            )
+            self._control = dist.new_group(backend="gloo") if chosen == "nccl" else dist.group.WORLD
+            # Once all have met, the watcher alone tells a rank that hangs from one that takes long.
+            for group in (dist.group.WORLD, self._control):
+                distributed_c10d._set_pg_timeout(PATIENCE, group)
             self._watcher = Watcher(_own_store(), self.rank, self.world, timeout)
             self._watcher.start()
 
@@ -155,13 +155,20 @@ class Ranks:
         On CUDA, host buffers are pinned and staged through the device.
         """
         self.step()
-        there = torch.empty_like(received, device=self.device) if self.cuda else received
-        here = sent.to(self.device, non_blocking=True) if self.cuda else sent
-        self._waiting(
-            lambda: dist.all_to_all_single(there, here, list(received_bytes), list(sent_bytes))
-        )
+        splits = list(received_bytes), list(sent_bytes)
+
+        def between_devices() -> None:
+            there = torch.empty_like(received, device=self.device)
+            here = sent.to(self.device, non_blocking=True)
+            dist.all_to_all_single(there, here, *splits)
+            received.copy_(there, non_blocking=True)
+            # The host buffers are used again as soon as this returns.
+            torch.cuda.current_stream(self.device).synchronize()
+
         if self.cuda:
-            received.copy_(there)
+            self._waiting(between_devices)
+        else:
+            self._waiting(lambda: dist.all_to_all_single(received, sent, *splits))
 
     def _waiting(self, call: Callable[[], object]) -> None:
         """Make a collective call; a peer that is gone is the watcher's business."""

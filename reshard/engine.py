@@ -5,9 +5,10 @@ permuted, round `n+1` is read and round `n-1` is written. In direct mode nothing
 do not meet.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,15 +19,15 @@ from reshard.buffers import (
     Buffer,
     Part,
     Places,
-    as_memory,
     joined,
     load,
     place_part,
     runs_of,
 )
+from reshard.checks import Check, checks_of
 from reshard.errors import ConfigError
 from reshard.geometry import Region
-from reshard.journal import Journal, Record
+from reshard.journal import Journal, Record, Table
 from reshard.layout import StoredTensor
 from reshard.moves import Message, Move, wire_itemsize
 from reshard.packing import Packed, copies, packed, plain
@@ -62,11 +63,19 @@ class Counters:
 
 @dataclass(slots=True)
 class Round:
-    """The moves of one round and the buffers that they are in."""
+    """The moves of one round and the buffers that they are in.
+
+    `nbytes` counts the blocks of the round, those included that an earlier attempt has finished.
+    """
 
     moves: Sequence[Move]
+    nbytes: int
     loaded: dict[tuple[int, int], list[Part]] = field(default_factory=dict)
     pieces: list[Part] = field(default_factory=list)
+
+    def parts(self, place: int, copy: int) -> Sequence[Part]:
+        """What was read of a copy for the move at `place`."""
+        return self.loaded.get((place, copy), ())
 
 
 def buffers_of(plan: Plan) -> int:
@@ -92,23 +101,11 @@ def round_bytes(memory: int, plan: Plan) -> int:
     return max(least, min(MAX_ROUND_BYTES, share // ALIGN * ALIGN))
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """The checksum of a box of a block, read from the place `copy` of its parameter."""
-
-    parameter: str
-    region: Region
-    copy: int
-    of: int
-    crc: int
-    stored: StoredTensor
-
-
 class Engine:
     """One rank's part in a plan.
 
-    `capacity` is the size of each buffer in bytes. `done` gives the CRC32 of the runs, by file
-    number and byte offset, that an earlier attempt has written and that are intact.
+    `capacity` is the size of each buffer in bytes. `done` holds the runs that an earlier
+    attempt has written and that are intact.
     """
 
     def __init__(
@@ -121,7 +118,7 @@ class Engine:
         target: tuple[Files, Places],
         exchange: Exchange | None,
         journal: Journal,
-        done: Mapping[tuple[int, int], int],
+        done: Table,
         pinned: bool = False,
     ) -> None:
         self._plan, self._rank, self._done = plan, rank, done
@@ -172,7 +169,8 @@ class Engine:
         moves = next(rounds, None)
         if moves is None:
             return None
-        current = Round([move for move in moves if not self._finished(move)])
+        blocks = sum(move.block.region.numel * move.pieces[0][1].dtype.itemsize for move in moves)
+        current = Round([move for move in moves if not self._finished(move)], blocks)
         self.counters.resumed += self._own_bytes(moves) - self._own_bytes(current.moves)
         wanted = [
             (place, stored)
@@ -193,7 +191,7 @@ class Engine:
 
     def _finished(self, move: Move) -> bool:
         """Whether an earlier attempt wrote all of a move, and nothing of it has to be compared."""
-        if not self._done or any(stored.copy for _, stored in move.reads):
+        if not len(self._done) or any(stored.copy for _, stored in move.reads):
             return False
         return all(self._written(piece) for _, piece in move.pieces)
 
@@ -201,7 +199,7 @@ class Engine:
         offset, _ = self._target.locate(piece)
         number, size = self._file_numbers[piece.file], piece.dtype.itemsize
         runs = packed(piece.slot.placement, piece.shard, piece.region).runs
-        return all((number, offset + first * size) in self._done for first, _ in runs)
+        return all(self._done.get(number, offset + first * size) is not None for first, _ in runs)
 
     # Stage 2: exchange and permute.
 
@@ -210,7 +208,7 @@ class Engine:
         target.clear()
         arrived = self._swap(current, source)
         for place, move in enumerate(current.moves):
-            own = current.loaded.get((place, 0), ())
+            own = current.parts(place, 0)
             for rank, stored in move.pieces:
                 if rank != self._rank:
                     continue
@@ -222,15 +220,9 @@ class Engine:
                 for message, base in arrived.get(place, ()):
                     dtype = _wire_dtype(message, stored)
                     flat = self._received.view(dtype)
-                    _carry(
-                        plain(message.region),
-                        flat,
-                        base // dtype.itemsize,
-                        piece,
-                        target,
-                        message.region,
-                    )
-            self._compare(place, move, current, source)
+                    box, first = plain(message.region), base // dtype.itemsize
+                    _carry(box, flat, first, piece, target, message.region)
+            self.checks += checks_of(move, partial(current.parts, place), source)
 
     def _swap(self, current: Round, source: Buffer) -> dict[int, list[tuple[Message, int]]]:
         """Exchange the messages of a round; where each that came lies in the buffer, by move."""
@@ -240,14 +232,10 @@ class Engine:
         incoming, received_bytes = self._line_up(current, incoming=True)
         for place, message, base in outgoing:
             dtype = _wire_dtype(message, current.moves[place].pieces[0][1])
-            for part in current.loaded[place, 0]:
+            there, first = self._sent.view(dtype), base // dtype.itemsize
+            for part in current.parts(place, 0):
                 for copy in copies(part.packed, plain(message.region), message.region):
-                    copy.run(
-                        source.view(part.stored.dtype),
-                        part.element(),
-                        self._sent.view(dtype),
-                        base // dtype.itemsize,
-                    )
+                    copy.run(source.view(part.stored.dtype), part.element(), there, first)
         self._exchange.all_to_all(
             self._received.bytes[: sum(received_bytes)],
             self._sent.bytes[: sum(sent_bytes)],
@@ -271,11 +259,8 @@ class Engine:
         by_peer: dict[int, list[tuple[int, int, Message]]] = {}
         for place, move in enumerate(current.moves):
             for message in move.messages:
-                here, peer = (
-                    (message.writer, message.reader)
-                    if incoming
-                    else (message.reader, message.writer)
-                )
+                ends = (message.reader, message.writer)
+                here, peer = ends[::-1] if incoming else ends
                 if here == self._rank:
                     size = wire_itemsize(message, move.pieces[0][1])
                     by_peer.setdefault(peer, []).append((size, place, message))
@@ -289,25 +274,6 @@ class Engine:
             per_peer.append(position - start)
         return lined_up, per_peer
 
-    def _compare(self, place: int, move: Move, current: Round, source: Buffer) -> None:
-        """Checksum every box that the source holds more than once, to compare when all is read."""
-        further = [stored for _, stored in move.reads if stored.copy]
-        for stored in further:
-            for _, primary in move.reads:
-                box = stored.region & primary.region if primary.copy == 0 else None
-                if box is None:
-                    continue
-                for copy in (0, stored.copy):
-                    for part in current.loaded.get((place, copy), ()):
-                        held = stored if copy else primary
-                        if part.stored == held:
-                            crc = _checksum(part, source, box)
-                            self.checks.append(
-                                Check(
-                                    move.block.parameter, box, copy, stored.copy, crc, part.stored
-                                )
-                            )
-
     # Stage 3: write.
 
     def _write(self, current: Round, target: Buffer) -> int:
@@ -318,7 +284,7 @@ class Engine:
             number = self._file_numbers[piece.stored.file]
             for offset, view in runs_of(piece, target):
                 crc = isal_zlib.crc32(view)
-                if self._done.get((number, offset)) == crc:
+                if self._done.get(number, offset) == crc:
                     self.counters.resumed += view.nbytes
                     continue
                 records.append(Record(number, offset, view.nbytes, crc))
@@ -327,9 +293,7 @@ class Engine:
             self._target_files.write(file, offset, views)
             self._target_files.push(file, offset, sum(v.nbytes for v in views))
         self._journal.append(records)
-        return sum(
-            move.block.region.numel * move.pieces[0][1].dtype.itemsize for move in current.moves
-        )
+        return current.nbytes
 
 
 def _wire_dtype(message: Message, target: StoredTensor) -> torch.dtype:
@@ -346,15 +310,3 @@ def _carry(
         there = target.view(piece.stored.dtype)
         for copy in copies(box, piece.packed, common):
             copy.run(flat, base, there, piece.element())
-
-
-def _checksum(part: Part, buffer: Buffer, box: Region) -> int:
-    """CRC32 of a box in the parameter's own order, whatever the order in the buffer."""
-    flat, crc = buffer.view(part.stored.dtype), 0
-    for window in part.packed.windows:
-        common = window.region & box
-        if common is not None:
-            piece = window.narrow(common)
-            view = flat.as_strided(common.shape, piece.strides, part.element() + piece.offset)
-            crc = isal_zlib.crc32(as_memory(view.contiguous()), crc)
-    return crc

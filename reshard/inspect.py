@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from reshard import formats
@@ -15,46 +15,114 @@ STEP_BYTES = 4 << 20
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def inspect(path: Path, *, checksums: bool = False) -> dict[str, object]:
-    """Facts of a checkpoint; `healthy` is False where a header or a checksum is wrong."""
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a directory holds; `scan` is None where it cannot be told."""
+
+    path: Path
+    format: str
+    scan: Scan | None
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """All facts, for programs."""
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            **(_facts(self.scan) if self.scan is not None else {}),
+            "problems": list(self.problems),
+            "healthy": not self.problems,
+        }
+
+    def lines(self) -> list[str]:
+        """The same for a person."""
+        name = self.scan.layout.name if self.scan is not None else self.format
+        return [
+            f"{self.path}: {name}",
+            *(_lines(self.scan) if self.scan is not None else ()),
+            *(f"  PROBLEM     {line}" for line in self.problems),
+            f"  health      {'damaged' if self.problems else 'good'}",
+        ]
+
+
+def inspect(path: Path, options: Options, *, checksums: bool = False) -> Findings:
+    """Look at a checkpoint; a header or a checksum that is wrong is a problem."""
     known = formats.detect(path)
     problems: list[str] = []
-    found: dict[str, object] = {"path": str(path), "format": known.NAME}
+    scan = None
     try:
-        scan = known.scan(path, Options())
-        found |= _facts(scan.model.to_json(), scan)
+        scan = known.scan(path, options)
         common.check_headers(scan, scan.layout.files)
     except (CheckpointError, LayoutError, ConfigError) as error:
         problems.append(str(error))
     if checksums:
         problems += _checklist(path)
-    found["problems"] = problems
-    found["healthy"] = not problems
-    return found
+    return Findings(path, known.NAME, scan, tuple(problems))
 
 
-def _facts(model: Mapping[str, object], scan: Scan) -> dict[str, object]:
+def _facts(scan: Scan) -> dict[str, object]:
     """What a scan tells."""
-    mesh = scan.options.axes
-    interleaved = any(slot.placement.interleaved for slot in scan.layout.slots)
-    dtypes = sorted({str(slot.dtype).removeprefix("torch.") for slot in scan.layout.slots})
-    missing = [] if any((scan.root / name).exists() for name in TOKENIZERS) else ["tokenizer"]
     return {
         "layout": scan.layout.name,
-        "mesh": {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp},
+        "mesh": _mesh(scan),
         "family": scan.model.model_type,
-        "model": model,
+        "model": scan.model.to_json(),
         "files": len(scan.layout.files),
         "bytes": scan.layout.total_bytes(),
-        "parameters": sum(math.prod(parameter.shape) for parameter in scan.parameters),
-        "dtypes": dtypes,
+        "parameters": _parameters(scan),
+        "dtypes": _dtypes(scan),
         "tied": scan.model.tied,
-        "rope": "interleaved rows" if interleaved else "half rows",
+        "rope": _rope(scan),
         "assumed": list(scan.assumed),
         "left_behind": list(scan.left_behind),
-        "missing": missing,
-        "manifest": (scan.root / common.MANIFEST).is_file(),
+        "missing": _missing(scan),
+        "manifest": _has_manifest(scan),
     }
+
+
+def _lines(scan: Scan) -> list[str]:
+    """The same in sentences."""
+    model = scan.model
+    return [
+        f"  family      {model.model_type}: {model.layers} layers, width {model.hidden}, "
+        f"{model.heads} heads, {model.kv_heads} key-value heads, "
+        f"feed-forward {model.intermediate}, vocabulary {model.vocab}",
+        f"  mesh        {_mesh(scan)}",
+        f"  weights     {_parameters(scan):,} parameters, {size_text(scan.layout.total_bytes())} "
+        f"in {len(scan.layout.files)} files, {', '.join(_dtypes(scan))}, "
+        f"{'tied' if model.tied else 'untied'}",
+        f"  rotary      {_rope(scan)}",
+        f"  missing     {', '.join(_missing(scan)) or 'nothing'}",
+        f"  manifest    {'yes: verify checks every byte' if _has_manifest(scan) else 'no'}",
+        *(f"  assumed     {line}" for line in scan.assumed),
+        *(f"  left alone  {line}" for line in scan.left_behind),
+    ]
+
+
+def _mesh(scan: Scan) -> dict[str, int]:
+    mesh = scan.options.axes
+    return {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}
+
+
+def _parameters(scan: Scan) -> int:
+    return sum(math.prod(parameter.shape) for parameter in scan.parameters)
+
+
+def _dtypes(scan: Scan) -> list[str]:
+    return sorted({str(slot.dtype).removeprefix("torch.") for slot in scan.layout.slots})
+
+
+def _rope(scan: Scan) -> str:
+    interleaved = any(slot.placement.interleaved for slot in scan.layout.slots)
+    return "interleaved rows" if interleaved else "half rows"
+
+
+def _missing(scan: Scan) -> list[str]:
+    return [] if any((scan.root / name).exists() for name in TOKENIZERS) else ["tokenizer"]
+
+
+def _has_manifest(scan: Scan) -> bool:
+    return (scan.root / common.MANIFEST).is_file()
 
 
 def _checklist(path: Path) -> list[str]:
@@ -82,45 +150,3 @@ def _md5(path: Path) -> str:
         while data := file.read(STEP_BYTES):
             digest.update(data)
     return digest.hexdigest()
-
-
-def lines(found: dict[str, object]) -> list[str]:
-    """The same for a person."""
-    said = [f"{found['path']}: {found.get('layout', found['format'])}"]
-    if "model" in found:
-        model = found["model"]
-        assert isinstance(model, dict)
-        sizes = (
-            f"{model['layers']} layers, width {model['hidden']}, {model['heads']} heads, "
-            f"{model['kv_heads']} key-value heads, feed-forward {model['intermediate']}, "
-            f"vocabulary {model['vocab']}"
-        )
-        weights = (
-            f"{found['parameters']:,} parameters, {size_text(_number(found['bytes']))} "
-            f"in {found['files']} files, {', '.join(_strings(found['dtypes']))}, "
-            f"{'tied' if found['tied'] else 'untied'}"
-        )
-        said += [
-            f"  family      {found['family']}: {sizes}",
-            f"  mesh        {found['mesh']}",
-            f"  weights     {weights}",
-            f"  rotary      {found['rope']}",
-            f"  missing     {', '.join(_strings(found['missing'])) or 'nothing'}",
-            f"  manifest    {'yes: verify checks every byte' if found['manifest'] else 'no'}",
-        ]
-        said += [f"  assumed     {line}" for line in _strings(found["assumed"])]
-        said += [f"  left alone  {line}" for line in _strings(found["left_behind"])]
-    problems = _strings(found["problems"])
-    return [
-        *said,
-        *(f"  PROBLEM     {line}" for line in problems),
-        f"  health      {'good' if not problems else 'damaged'}",
-    ]
-
-
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0
-
-
-def _strings(value: object) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else []

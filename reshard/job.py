@@ -6,25 +6,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from isal import isal_zlib
-
-from reshard import commit, formats, journal
+from reshard import commit, journal
+from reshard.checks import Check
 from reshard.config import JobConfig
 from reshard.distributed import Ranks
-from reshard.engine import Check, Counters, Engine, round_bytes
-from reshard.errors import CheckpointError, ConfigError
+from reshard.engine import Counters, Engine, round_bytes
+from reshard.errors import CheckpointError, ConfigError, StorageError
 from reshard.formats import common
+from reshard.formats.options import Scan
 from reshard.geometry import whole
-from reshard.journal import Journal, Record
+from reshard.journal import Journal, Record, Table
 from reshard.plan import Plan
-from reshard.prepare import Prepared, job_digest, prepare
+from reshard.prepare import Prepared, job_digest, prepare, small_files
 from reshard.replicas import compare
 from reshard.report import Figures, Progress, Report, memory_of
-from reshard.storage import Files, allocated_bytes, require_space
+from reshard.storage import Files, allocated_bytes, crc32_of, require_space
 from reshard.workspace import State, Workspace, require_apart, require_shared
-
-CHECK_BYTES = 4 << 20
 
 
 def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], None]) -> Report:
@@ -40,13 +39,14 @@ def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], No
     require_apart(scan.root, config.target.path)
     ranks.together(lambda: common.check_headers(scan, scan.layout.files[ranks.rank :: ranks.world]))
     plan = prepared.plan(ranks.world)
-    capacity = round_bytes(config.engine.memory, plan)
+    capacity = ranks.together(lambda: round_bytes(config.engine.memory, plan))
     digest = job_digest(prepared, plan)
-    ranks.agree("plan", plan.digest(digest))
+    ranks.agree("plan", f"{plan.digest(digest)} {capacity} {config.strict_replicas}")
     for line in prepared.notes if ranks.rank == 0 else ():
         say(line)
     return _Run(
         prepared,
+        scan,
         plan,
         ranks,
         Workspace(config.target.path, digest),
@@ -62,6 +62,7 @@ class _Run:
     """A job under way on one rank."""
 
     prepared: Prepared
+    scan: Scan
     plan: Plan
     ranks: Ranks
     workspace: Workspace
@@ -80,7 +81,7 @@ class _Run:
         warnings: list[str] = []
         with contextlib.ExitStack() as stack:
             ranks.together(lambda: stack.enter_context(self._locked()))
-            state = ranks.gather(ranks.together(lambda: self._begin(force)))[0] or State.DONE
+            state = ranks.gather(ranks.together(lambda: self._begin(force)))[0]
             if state is not State.DONE:
                 moved = time.monotonic()
                 places = commit.TargetPlaces(self.plan.target)
@@ -94,10 +95,10 @@ class _Run:
         """The lock of the target, which rank 0 holds for all."""
         return self.workspace.locked() if self.ranks.rank == 0 else contextlib.nullcontext()
 
-    def _begin(self, force: bool) -> State | None:
-        """Rank 0 looks at the target and makes the partial directory."""
+    def _begin(self, force: bool) -> State:
+        """Rank 0, whose answer counts, looks at the target and makes the partial directory."""
         if self.ranks.rank != 0:
-            return None
+            return State.FRESH
         path = self.workspace.target
         size = commit.TargetPlaces(self.plan.target).size()
         state = self.workspace.begin(force=force)
@@ -112,36 +113,47 @@ class _Run:
 
     def _move(self, places: commit.TargetPlaces, state: State) -> tuple[Counters, list[str]]:
         """Lay out the files, run the rounds, and compare what the source holds more than once."""
-        ranks, workspace, prepared = self.ranks, self.workspace, self.prepared
+        ranks, workspace = self.ranks, self.workspace
         ranks.together(lambda: require_shared(workspace.data, ranks.rank))
         written = commit.lay_out(workspace.data, self.plan.target, places, self._own_files())
         attempt = journal.next_attempt(workspace.journals)
-        done = self._resume(state)
+        done = self._resume() if state is State.RESUMED else Table.empty()
         ranks.barrier("files laid out")
-        assert prepared.scan is not None
-        reading = Files(prepared.scan.root, os.O_RDONLY)
-        writing = Files(workspace.data, os.O_WRONLY)
-        crossing = ranks.world > 1 and self.plan.exchange == "collective"
         with Journal(workspace.journals, attempt, ranks.rank) as records:
-            engine = Engine(
-                self.plan,
-                ranks.rank,
-                capacity=self.capacity,
-                source=(reading, commit.SourcePlaces(prepared.scan.root)),
-                target=(writing, places),
-                exchange=ranks if crossing else None,
-                journal=records,
-                done=done,
-                pinned=ranks.cuda,
-            )
-            ranks.phase("move")
-            with Progress(self._share(), ranks.rank == 0, ranks.step) as progress:
-                engine.run(progress.add)
+            counters, checks = self._run_rounds(places, records, done)
+        counters.written += written
+        ranks.barrier("moved")
+        return counters, self._compare(checks)
+
+    def _run_rounds(
+        self, places: commit.TargetPlaces, records: Journal, done: Table
+    ) -> tuple[Counters, list[Check]]:
+        """Run this rank's rounds, and bring what it wrote to the disk of the machine it runs on."""
+        ranks = self.ranks
+        reading = Files(self.scan.root, os.O_RDONLY)
+        writing = Files(self.workspace.data, os.O_WRONLY)
+        crossing = ranks.world > 1 and self.plan.exchange == "collective"
+        engine = Engine(
+            self.plan,
+            ranks.rank,
+            capacity=self.capacity,
+            source=(reading, commit.SourcePlaces(self.scan.root)),
+            target=(writing, places),
+            exchange=ranks if crossing else None,
+            journal=records,
+            done=done,
+            pinned=ranks.cuda,
+        )
+        ranks.phase("move")
+        with Progress(self._share(), ranks.rank == 0, ranks.step) as progress:
+            engine.run(progress.add)
+        if self.prepared.config.engine.fsync:
+            # A sync elsewhere need not reach what this machine still holds back.
+            writing.sync(ranks.step)
+            records.sync()
         reading.close()
         writing.close()
-        engine.counters.written += written
-        ranks.barrier("moved")
-        return engine.counters, self._compare(engine.checks)
+        return engine.counters, engine.checks
 
     def _share(self) -> int:
         """Bytes of the blocks that this rank goes through: all of them in collective mode."""
@@ -151,46 +163,35 @@ class _Run:
         )
         return total if self.plan.exchange == "collective" else total // self.ranks.world
 
-    def _resume(self, state: State) -> dict[tuple[int, int], int]:
+    def _resume(self) -> Table:
         """The runs of earlier attempts that are still intact, checked by all ranks together."""
-        if state is not State.RESUMED:
-            return {}
-        latest = {
-            (record.file, record.offset): record for record in journal.read(self.workspace.journals)
-        }
-        records = sorted(latest.values(), key=lambda record: (record.file, record.offset))
-        own = {
-            (r.file, r.offset): r.crc
-            for r in records[self.ranks.rank :: self.ranks.world]
-            if self._intact(r)
-        }
-        self.ranks.phase("resume")
-        return {key: crc for part in self.ranks.gather(own) for key, crc in part.items()}
+        ranks = self.ranks
+        ranks.phase("resume")
+        table = ranks.together(lambda: Table.read(self.workspace.journals, ranks.step))
+        ranks.agree("state of the journals", table.digest())
+        own = ranks.together(lambda: table.check(self._intact, ranks.rank, ranks.world))
+        return table.kept(ranks.gather(own))
 
     def _intact(self, record: Record) -> bool:
-        """Whether a journalled run still has its checksum."""
+        """Whether a journalled run still has its checksum; one that cannot be read has not."""
+        self.ranks.step()
         if record.file >= len(self.plan.target.files):
             return False
-        path, crc = self.workspace.data / self.plan.target.files[record.file], 0
-        with open(path, "rb", buffering=0) as file:
-            for start in range(0, record.length, CHECK_BYTES):
-                data = os.pread(
-                    file.fileno(), min(CHECK_BYTES, record.length - start), record.offset + start
-                )
-                crc = isal_zlib.crc32(data, crc)
-        return crc == record.crc
+        path = self.workspace.data / self.plan.target.files[record.file]
+        try:
+            return crc32_of(path, record.offset, record.length) == record.crc
+        except (CheckpointError, StorageError):
+            return False
 
     def _compare(self, checks: list[Check]) -> list[str]:
         """Compare copies; copies that must agree and do not make the whole result worthless."""
-        scan = self.prepared.scan
-        assert scan is not None
         place = {name: number for number, name in enumerate(self.plan.names)}
         found = [check for part in self.ranks.gather(checks) for check in part]
         found.sort(key=lambda check: (place[check.parameter], check.region.start, check.of))
-        strict = self.prepared.config.strict_replicas
+        root, strict = self.scan.root, self.prepared.config.strict_replicas
         try:
             warnings = self.ranks.together(
-                lambda: compare(found, scan.root, strict=strict) if self.ranks.rank == 0 else []
+                lambda: compare(found, root, strict=strict) if self.ranks.rank == 0 else []
             )
         except CheckpointError:
             if self.ranks.rank == 0:
@@ -221,25 +222,18 @@ class _Run:
         self, places: commit.TargetPlaces, fsync: bool
     ) -> dict[str, dict[str, object]]:
         """Prove, patch and sync the files of this rank; their records for the manifest."""
-        files = self.plan.target.files
-        own = {
-            file: number
-            for number, file in enumerate(files)
-            if number % self.ranks.world == self.ranks.rank
-        }
-        by_file: dict[int, dict[int, Record]] = {number: {} for number in own.values()}
-        for record in journal.read(self.workspace.journals):
-            if record.file in by_file:
-                by_file[record.file][record.offset] = record
+        ranks, target = self.ranks, self.plan.target
+        table = Table.read(self.workspace.journals, ranks.step, ranks.rank, ranks.world)
         records = {}
-        for file, number in own.items():
-            self.ranks.step()
+        for number in range(ranks.rank, len(target.files), ranks.world):
+            ranks.step()
+            file = target.files[number]
             extents = commit.finish_file(
                 self.workspace.data,
-                self.plan.target,
+                target,
                 file,
                 places.skeleton(file),
-                by_file[number].values(),
+                table.of_file(number),
                 fsync=fsync,
             )
             records[file] = commit.file_record(extents)
@@ -247,15 +241,8 @@ class _Run:
 
     def _publish(self, records: dict[str, dict[str, object]], fsync: bool) -> int:
         """Write the small files and the manifest, and give the directory its name."""
-        prepared, scan = self.prepared, self.prepared.scan
-        assert scan is not None
-        known = sorted({name for known in formats.formats().values() for name in known.ASSETS})
-        assets = commit.carried(scan.root, known, prepared.target_format.ASSETS)
-        texts = {name: path.read_bytes() for name, path in assets.items()}
-        made = prepared.target_format.side_files(
-            prepared.target_model, prepared.target, prepared.target_options
-        )
-        texts = {**made, **texts}
+        prepared = self.prepared
+        texts = small_files(prepared, self.scan)
         body = {
             "job": self.workspace.digest,
             "source": {
@@ -266,7 +253,7 @@ class _Run:
             "target": {"layout": prepared.target.name, "format": prepared.target_format.NAME},
             "model": prepared.target_model.to_json(),
             "notes": list(prepared.notes),
-            "left_behind": list(scan.left_behind),
+            "left_behind": list(self.scan.left_behind),
             "libraries": library_versions(),
             "files": {
                 **records,
@@ -294,11 +281,16 @@ class _Run:
             state=state.value,
             seconds=seconds,
             ranks=self.ranks.gather(mine),
-            file_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            file_bytes=_file_bytes(path) if self.ranks.rank == 0 else 0,
             purpose=self.prepared.target_format.purpose(self.prepared.target_options),
             notes=self.prepared.notes,
             warnings=warnings,
         )
+
+
+def _file_bytes(path: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def library_versions() -> dict[str, str]:

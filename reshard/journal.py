@@ -5,12 +5,18 @@ this checksum. It is believed only after the bytes were read back: a resumed run
 skips a piece.
 """
 
+import os
 import struct
-from collections.abc import Iterable, Iterator
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from isal import isal_zlib
 
 from reshard.storage import explained
@@ -19,6 +25,8 @@ RECORD = struct.Struct("<IQQI")
 CHECK = struct.Struct("<I")
 SIZE = RECORD.size + CHECK.size
 READ_RECORDS = 4096
+FIELDS = (("file", "I"), ("offset", "q"), ("length", "q"), ("crc", "I"))
+PACKED = np.dtype([*FIELDS, ("check", "I")]).newbyteorder("<")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,11 @@ class Journal:
             while rest:
                 rest = rest[self._file.write(rest) :]
 
+    def sync(self) -> None:
+        """Bring the records to the disk."""
+        with explained("sync", self._path):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -79,16 +92,106 @@ def next_attempt(directory: Path) -> int:
 def read(directory: Path) -> Iterator[Record]:
     """Every record, older attempts first; a torn or damaged tail of a journal is ignored."""
     for path in journals(directory):
-        with explained("read", path), open(path, "rb") as file:
-            while data := file.read(SIZE * READ_RECORDS):
-                whole = [
-                    data[start : start + SIZE] for start in range(0, len(data) - SIZE + 1, SIZE)
-                ]
-                good = [
-                    item
-                    for item in whole
-                    if CHECK.unpack(item[RECORD.size :])[0] == isal_zlib.crc32(item[: RECORD.size])
-                ]
-                yield from (Record(*RECORD.unpack(item[: RECORD.size])) for item in good)
-                if len(good) * SIZE < len(data):
-                    break
+        for data in _believed(path):
+            for start in range(0, len(data), SIZE):
+                yield Record(*RECORD.unpack_from(data, start))
+
+
+def _believed(path: Path) -> Iterator[bytes]:
+    """The records of one journal that have their own checksum, many at a time, up to damage."""
+    with explained("read", path), open(path, "rb") as file:
+        while data := file.read(SIZE * READ_RECORDS):
+            whole = (data[start : start + SIZE] for start in range(0, len(data) - SIZE + 1, SIZE))
+            good = b"".join(item for item in whole if _proves_itself(item))
+            yield good
+            if len(good) < len(data):
+                break
+
+
+def _proves_itself(item: bytes) -> bool:
+    """Whether a record has its own checksum."""
+    found: int = CHECK.unpack_from(item, RECORD.size)[0]
+    return found == isal_zlib.crc32(item[: RECORD.size])
+
+
+class Table:
+    """Records by file and offset, the latest of each, in 24 bytes per record."""
+
+    def __init__(self, columns: Sequence[npt.NDArray[Any]]) -> None:
+        self._columns = list(columns)
+        self._files, self._offsets, self._lengths, self._crcs = (c.data for c in columns)
+
+    @classmethod
+    def empty(cls) -> "Table":
+        """No records."""
+        return cls([np.empty(0, code) for _, code in FIELDS])
+
+    @classmethod
+    def read(
+        cls, directory: Path, on_step: Callable[[], None], rank: int = 0, world: int = 1
+    ) -> "Table":
+        """The records of all journals that belong to every `world`-th file from `rank` on."""
+        arrays = [array(code) for _, code in FIELDS]
+        for path in journals(directory):
+            for data in _believed(path):
+                on_step()
+                records = np.frombuffer(data, PACKED) if data else np.empty(0, PACKED)
+                records = records[records["file"] % world == rank]
+                for (name, code), column in zip(FIELDS, arrays, strict=True):
+                    column.frombytes(records[name].astype(code).tobytes())
+        return cls(_latest([np.asarray(column) for column in arrays]))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def get(self, file: int, offset: int) -> int | None:
+        """The CRC32 of the run that begins at `offset` of `file`."""
+        first, last = self._span(file)
+        place = bisect_left(self._offsets, offset, first, last)
+        return self._crcs[place] if place < last and self._offsets[place] == offset else None
+
+    def of_file(self, file: int) -> Iterator[Record]:
+        """The records of one file, in the order of their offsets."""
+        return map(self._record, range(*self._span(file)))
+
+    def digest(self) -> str:
+        """What tells this table from others."""
+        crc = 0
+        for column in self._columns:
+            crc = isal_zlib.crc32(column.tobytes(), crc)
+        return f"{len(self)} {crc}"
+
+    def check(self, intact: Callable[[Record], bool], rank: int, world: int) -> bytes:
+        """Which of every `world`-th record from `rank` on are `intact`, one bit each."""
+        share = range(rank, len(self), world)
+        flags = np.fromiter((intact(self._record(place)) for place in share), bool, len(share))
+        return np.packbits(flags).tobytes()
+
+    def kept(self, checked: Sequence[bytes]) -> "Table":
+        """The records that `check` found intact, given what it returned by rank."""
+        mask, world = np.zeros(len(self), bool), len(checked)
+        for rank, bits in enumerate(checked):
+            share = mask[rank::world]
+            share[:] = np.unpackbits(np.frombuffer(bytearray(bits), np.uint8), count=len(share))
+        return Table([column[mask] for column in self._columns])
+
+    def _span(self, file: int) -> tuple[int, int]:
+        return bisect_left(self._files, file), bisect_right(self._files, file)
+
+    def _record(self, place: int) -> Record:
+        return Record(
+            self._files[place], self._offsets[place], self._lengths[place], self._crcs[place]
+        )
+
+
+def _latest(columns: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """Columns sorted by file and offset, the last of equals kept; they are replaced one by one."""
+    order = np.lexsort((columns[1], columns[0]))
+    files, offsets = (column[order] for column in columns[:2])
+    last = np.ones(len(order), bool)
+    last[:-1] = (files[1:] != files[:-1]) | (offsets[1:] != offsets[:-1])
+    del files, offsets
+    order = order[last]
+    for place, column in enumerate(columns):
+        columns[place] = column[order]
+    return columns

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from reshard.errors import LayoutError
-from reshard.geometry import Placement, Region, Window
+from reshard.geometry import Placement, Region, Window, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +212,22 @@ class Layout:
 def with_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
     """The same layout with every stored tensor of `dtype`."""
     return replace(layout, slots=tuple(replace(slot, dtype=dtype) for slot in layout.slots))
+
+
+def check_covered(layout: Layout) -> None:
+    """Refuse a source whose first places do not hold every element of every parameter once."""
+    known: set[object] = set()
+    for name, slots in layout.places.items():
+        placement = slots[0].placement
+        if placement in known:
+            continue
+        known.add(placement)
+        region = whole(placement.shape)
+        held = sum(part.region.numel for part in layout.tensors_on(name, region) if not part.copy)
+        if held != region.numel:
+            raise LayoutError(
+                f"{layout.name}: `{name}` has {region.numel} elements, but its files hold {held}"
+            )
 
 
 def check_same_parameters(source: Layout, target: Layout) -> None:

@@ -2,17 +2,19 @@
 
 import hashlib
 import os
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 import torch
 
-from reshard import families, formats
+from reshard import commit, families, formats
 from reshard.config import JobConfig, Side
 from reshard.errors import CheckpointError, ConfigError
 from reshard.families.model import ModelConfig
 from reshard.formats.options import Options, Scan
-from reshard.layout import Layout, check_same_parameters
+from reshard.layout import Layout, check_covered, check_same_parameters
 from reshard.plan import Plan
+from reshard.storage import explained
 
 CODE_VERSION = "1"
 
@@ -52,6 +54,8 @@ def prepare(config: JobConfig) -> Prepared:
     source = config.source
     scan = open_source(source) if source.path is not None else None
     if scan is not None:
+        known = formats.named(scan.format)
+        _require_known_keys(source, "src", known, set(known.SOURCE_KEYS))
         model, parameters, layout = scan.model, scan.parameters, scan.layout
         notes = tuple(f"source: {line}" for line in scan.assumed)
     else:
@@ -64,12 +68,16 @@ def prepare(config: JobConfig) -> Prepared:
         parameters = tuple(families.parameters(model))
         layout = formats.named(source.format).layout(parameters, model, source.options)
     target_format, options, dtype = _target(config)
+    _require_known_keys(config.target, "dst", target_format, set(target_format.TARGET_KEYS))
     target_model = model
     if dtype is not None:
         parameters = tuple(replace(parameter, dtype=dtype) for parameter in parameters)
         target_model = replace(model, dtype=str(dtype).removeprefix("torch."))
     target = target_format.layout(parameters, target_model, options)
+    check_covered(layout)
     check_same_parameters(layout, target)
+    if dtype is not None and model.dtype != target_model.dtype:
+        notes += (f"target: cast from {model.dtype} to {target_model.dtype}",)
     notes += tuple(f"target: {line}" for line in target_format.notes(target_model, options))
     if scan is not None and scan.left_behind:
         notes += (f"left behind: {', '.join(scan.left_behind)} (weights only are moved)",)
@@ -104,24 +112,41 @@ def _target(config: JobConfig) -> tuple[formats.Format, Options, torch.dtype | N
         else side.options.embedding_dim,
         rope_interleaved=scan.options.rope_interleaved,
     )
-    return sample, taken, scan.parameters[0].dtype
+    return sample, taken, side.dtype or getattr(torch, scan.model.dtype)
+
+
+def _require_known_keys(side: Side, name: str, known: formats.Format, keys: Set[str]) -> None:
+    """Refuse keys that would be dropped without a word."""
+    if unknown := sorted(side.given - keys):
+        raise ConfigError(
+            f"{name}.{unknown[0]} does not apply to {known.NAME} as a "
+            f"{'source' if name == 'src' else 'target'}; what does: "
+            f"{', '.join(sorted(keys)) or 'nothing of the kind'}"
+        )
+
+
+def small_files(prepared: Prepared, scan: Scan) -> dict[str, bytes]:
+    """The texts of the target, and the small files carried from the source, by name."""
+    known = sorted({name for known in formats.formats().values() for name in known.ASSETS})
+    carried = commit.carried(scan.root, known, prepared.target_format.ASSETS)
+    made = prepared.target_format.side_files(
+        prepared.target_model, prepared.target, prepared.target_options
+    )
+    texts = dict(made)
+    for name, path in carried.items():
+        with explained("read", path):
+            texts[name] = path.read_bytes()
+    return texts
 
 
 def job_digest(prepared: Prepared, plan: Plan) -> str:
-    """What identifies a job: layouts, block table, source files' sizes and times, code version."""
+    """What identifies a job: layouts, block table, sources with sizes and times, small files."""
     record = hashlib.sha256(plan.table_digest().encode())
-    scan = prepared.scan
-    for file in scan.layout.files if scan else ():
-        status = os.stat(scan.root / file) if scan else None
-        record.update(
-            repr((file, status and status.st_size, status and status.st_mtime_ns)).encode()
-        )
-    options = prepared.target_options
-    chosen = (
-        options.rope_interleaved,
-        options.vocab_multiple,
-        prepared.target.files,
-        prepared.target_model,
-    )
-    record.update(repr((CODE_VERSION, chosen)).encode())
+    if prepared.scan is not None:
+        for file in prepared.scan.layout.files:
+            status = os.stat(prepared.scan.root / file)
+            record.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
+        record.update(repr(sorted(small_files(prepared, prepared.scan).items())).encode())
+    strict = prepared.config.strict_replicas
+    record.update(repr((CODE_VERSION, prepared.target.files, strict)).encode())
     return record.hexdigest()

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from reshard import containers
-from reshard.engine import Check
+from reshard.checks import Check
 from reshard.errors import CheckpointError
 from reshard.geometry import Region, row_major
 from reshard.layout import StoredTensor

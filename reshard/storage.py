@@ -8,10 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from isal import isal_zlib
+
 from reshard.errors import CheckpointError, ConfigError, StorageError
 
 MAX_BUFFERS = 512
 OPEN_FILES = 64
+CRC_BYTES = 4 << 20
 
 # `os.preadv` or `os.pwritev`: descriptor, buffers and offset to the number of bytes done.
 VectoredCall = Callable[[int, list[memoryview], int], int]
@@ -43,6 +46,19 @@ def explained(what: str, path: Path) -> Iterator[None]:
         raise StorageError(f"`{path}`: cannot {what}: {error.strerror or error}{hint}") from None
 
 
+def crc32_of(path: Path, start: int, length: int, crc: int = 0) -> int:
+    """CRC32 of `length` bytes of a file, read in steps, going on from `crc`."""
+    end = start + length
+    with explained("read", path), open(path, "rb", buffering=0) as file:
+        while start < end:
+            data = os.pread(file.fileno(), min(CRC_BYTES, end - start), start)
+            if not data:
+                raise CheckpointError(f"`{path}`: truncated: ends before byte {end}")
+            crc = isal_zlib.crc32(data, crc)
+            start += len(data)
+    return crc
+
+
 class Files:
     """Descriptors of files below a directory, least recently used closed first; counts bytes."""
 
@@ -50,6 +66,7 @@ class Files:
         self._root = root
         self._flags = flags
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._written: set[str] = set()
         self.nbytes = 0
 
     def read(self, file: str, offset: int, buffers: Sequence[memoryview]) -> None:
@@ -59,12 +76,21 @@ class Files:
 
     def write(self, file: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write `buffers` one after another from `offset` on."""
+        self._written.add(file)
         with explained("write", self._root / file):
             self._all(os.pwritev, file, offset, buffers)
 
     def push(self, file: str, offset: int, length: int) -> None:
         """Have the kernel begin to bring written bytes to disk, so that the final sync is short."""
         os.posix_fadvise(self._descriptor(file), offset, length, os.POSIX_FADV_DONTNEED)
+
+    def sync(self, on_step: Callable[[], None]) -> None:
+        """Bring every file that was written to the disk; `on_step` is called after each."""
+        for file in sorted(self._written):
+            with explained("sync", self._root / file):
+                os.fsync(self._descriptor(file))
+            on_step()
+        self._written.clear()
 
     def close(self) -> None:
         """Close all descriptors."""

@@ -1,7 +1,7 @@
 """Proof by reading: a checkpoint against its own manifest, or two checkpoints of any layouts."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,12 @@ from reshard import formats
 from reshard.buffers import ALIGN, Buffer, Part, load
 from reshard.commit import SourcePlaces
 from reshard.distributed import Ranks
-from reshard.errors import CheckpointError, LayoutError, VerifyError
+from reshard.engine import RESERVED_BYTES
+from reshard.errors import CheckpointError, ConfigError, LayoutError, VerifyError
 from reshard.families.model import Json
 from reshard.formats import common
 from reshard.formats.options import Options, Scan
-from reshard.geometry import Region
-from reshard.layout import check_same_parameters
-from reshard.moves import Move
+from reshard.layout import StoredTensor, check_same_parameters
 from reshard.packing import copies
 from reshard.plan import Plan
 from reshard.report import size_text
@@ -56,21 +55,21 @@ def against_manifest(path: Path, ranks: Ranks) -> list[str]:
             problems.append(
                 f"`{span.file}`: bytes {span.start} to {end} ({span.what}) differ from the manifest"
             )
-    _raise_on(path, [problem for part in ranks.gather(problems) for problem in part])
+    _raise_on(f"`{path}`", [problem for part in ranks.gather(problems) for problem in part])
     total = sum(span.length for span in spans)
     return [
         f"verified: {len(sizes)} files, {size_text(total)} agree with {common.MANIFEST} in {path}"
     ]
 
 
-def _raise_on(path: Path, problems: list[str]) -> None:
+def _raise_on(what: str, problems: list[str]) -> None:
     if problems:
         more = (
             f" (and {len(problems) - DIFFERENCES_SHOWN} more)"
             if len(problems) > DIFFERENCES_SHOWN
             else ""
         )
-        raise VerifyError(f"`{path}`: " + "; ".join(problems[:DIFFERENCES_SHOWN]) + more)
+        raise VerifyError(f"{what}: " + "; ".join(problems[:DIFFERENCES_SHOWN]) + more)
 
 
 def _spans(path: Path) -> tuple[list[Span], dict[str, int]]:
@@ -148,25 +147,29 @@ def _crc(path: Path, span: Span) -> int:
     return crc
 
 
-def against_other(one: Path, other: Path, memory: int, ranks: Ranks) -> list[str]:
-    """Compare two checkpoints' parameters bit for bit, in bounded memory, on all ranks."""
+def against_other(one: Path, other: Path, options: Options, memory: int, ranks: Ranks) -> list[str]:
+    """Compare two checkpoints' parameters bit for bit, in bounded memory, on all ranks.
+
+    A parameter's values are those of its first place; further ones are compared with it.
+    """
     ranks.phase("scan")
-    first, second = ranks.together(lambda: (_scan(one), _scan(other)))
+    first, second = ranks.together(lambda: (_scan(one, options), _scan(other, options)))
     ranks.together(lambda: _check_share((first, second), ranks))
     try:
         check_same_parameters(first.layout, second.layout)
     except LayoutError as error:
         raise VerifyError(str(error)) from None
     plan = Plan(first.layout, second.layout, ranks.world, "direct")
+    capacity = _capacity(plan, memory)
     ranks.agree("plan", plan.digest(plan.table_digest()))
     ranks.phase("verify")
-    problems = list(_differences(first, second, plan, ranks))
-    found = [problem for part in ranks.gather(problems) for problem in part]
-    _raise_on(other, found)
+    found = ranks.gather(_compare(Side(first, capacity), Side(second, capacity), plan, ranks))
+    _raise_on(f"`{one}` and `{other}`", [problem for part, _ in found for problem in part])
     total = size_text(first.layout.total_bytes())
     return [
+        *_warning({copy for _, part in found for copy in part}),
         f"equal: {len(plan.names)} parameters, {total}: {one} ({first.layout.name}) "
-        f"and {other} ({second.layout.name})"
+        f"and {other} ({second.layout.name})",
     ]
 
 
@@ -176,73 +179,119 @@ def _check_share(scans: Sequence[Scan], ranks: Ranks) -> None:
         common.check_headers(scan, scan.layout.files[ranks.rank :: ranks.world])
 
 
-def _scan(path: Path) -> Scan:
-    return formats.detect(path).scan(path, Options())
+def _scan(path: Path, options: Options) -> Scan:
+    return formats.detect(path).scan(path, options)
 
 
-def _differences(first: Scan, second: Scan, plan: Plan, ranks: Ranks) -> Iterator[str]:
-    """One line per parameter that differs, among the blocks of this rank."""
+def _capacity(plan: Plan, memory: int) -> int:
+    """The size of each side's buffer; too little memory is refused with the least that works."""
     capacity = plan.least_capacity(ALIGN)
-    sides = [
-        (Files(scan.root, os.O_RDONLY), SourcePlaces(scan.root), Buffer(capacity))
-        for scan in (first, second)
-    ]
-    known: set[str] = set()
+    least = -(-(RESERVED_BYTES + 2 * capacity) >> 20)
+    if memory < least << 20:
+        raise ConfigError(
+            f"engine.memory: {memory / (1 << 20):g}MiB is too little to compare these; "
+            f"the least that works is {least}MiB"
+        )
+    return capacity
+
+
+class Side:
+    """One of two checkpoints: where it lies, and what of it is in memory."""
+
+    def __init__(self, scan: Scan, capacity: int) -> None:
+        self.root = scan.root
+        self.files = Files(scan.root, os.O_RDONLY)
+        self.buffer = Buffer(capacity)
+        self._places = SourcePlaces(scan.root)
+        self._parts: list[Part] = []
+
+    def load(self, wanted: Sequence[tuple[int, StoredTensor]]) -> None:
+        """Read all places of one block."""
+        self.buffer.clear()
+        stored = [tensor for _, tensor in wanted]
+        self._parts = load(stored, self.files, self._places, self.buffer)
+
+    def first(self) -> list[Part]:
+        """What tiles the block."""
+        return [part for part in self._parts if part.stored.copy == 0]
+
+    def differing_copies(self) -> Iterator[tuple[Part, Part]]:
+        """Each further place that differs from the first one, after the latter."""
+        for copy in self._parts:
+            for part in self.first() if copy.stored.copy else ():
+                if _unequal(part, copy, self.buffer, self.buffer) is not None:
+                    yield part, copy
+
+
+def _compare(
+    one: Side, other: Side, plan: Plan, ranks: Ranks
+) -> tuple[list[str], set[tuple[str, str]]]:
+    """Among the blocks of this rank, a line per parameter that differs, and copies that may."""
+    problems: dict[str, str] = {}
+    allowed: set[tuple[str, str]] = set()
     for move in plan.moves(ranks.rank):
         ranks.step()
-        loaded = []
-        wanted = ([stored for _, stored in move.reads], [stored for _, stored in move.pieces])
-        for (files, places, buffer), tensors in zip(sides, wanted, strict=True):
-            buffer.clear()
-            loaded.append(load(tensors, files, places, buffer))
-        if move.block.parameter not in known:
-            problem = _difference(move, loaded, (sides[0][2], sides[1][2]))
-            if problem is not None:
-                known.add(move.block.parameter)
-                yield problem
+        one.load(move.reads)
+        other.load(move.pieces)
+        found = _difference(move.block.parameter, one, other)
+        for side in (one, other):
+            for part, copy in side.differing_copies():
+                if copy.stored.slot.strict:
+                    found = found or _copy_text(side.root, part.stored, copy.stored)
+                else:
+                    allowed.add((copy.stored.key, str(side.root / copy.stored.file)))
+        if found:
+            problems.setdefault(move.block.parameter, found)
+    one.files.close()
+    other.files.close()
+    return list(problems.values()), allowed
 
 
-def _difference(move: Move, loaded: list[list[Part]], buffers: tuple[Buffer, Buffer]) -> str | None:
+def _copy_text(root: Path, first: StoredTensor, copy: StoredTensor) -> str:
+    return (
+        f"`{root / copy.file}`: tensor `{copy.key}` differs from its copy `{first.key}` "
+        f"in `{first.file}`"
+    )
+
+
+def _warning(copies: Collection[tuple[str, str]]) -> list[str]:
+    """One line on copies that differ where they may, if there are any."""
+    if not copies:
+        return []
+    key, file = min(copies)
+    return [
+        f"warning: {len(copies)} copies of replicated tensors differ from the first coordinate's, "
+        f"which is compared; first `{key}` in `{file}`"
+    ]
+
+
+def _difference(parameter: str, one: Side, other: Side) -> str | None:
     """Where a block differs between the two sides, its first element and both values."""
-    for ours in loaded[0]:
-        for theirs in loaded[1]:
-            if ours.stored.dtype != theirs.stored.dtype:
-                return (
-                    f"`{move.block.parameter}`: {ours.stored.dtype} against {theirs.stored.dtype}"
-                )
-            region = ours.stored.region & theirs.stored.region
-            if (
-                region is not None
-                and (found := _unequal(ours, theirs, region, buffers)) is not None
-            ):
-                return (
-                    f"`{move.block.parameter}`{found} "
-                    f"(`{ours.stored.file}` against `{theirs.stored.file}`)"
-                )
+    for ours in one.first():
+        for theirs in other.first():
+            found = _unequal(ours, theirs, one.buffer, other.buffer)
+            if found is not None:
+                return f"`{parameter}`{found} (`{ours.stored.file}` against `{theirs.stored.file}`)"
     return None
 
 
-def _unequal(
-    ours: Part, theirs: Part, region: Region, buffers: tuple[Buffer, Buffer]
-) -> str | None:
-    """The first element of `region` in which two parts differ, compared as bits."""
-    dtype = ours.stored.dtype
+def _unequal(ours: Part, theirs: Part, here: Buffer, there: Buffer) -> str | None:
+    """The first element in which two parts differ where they meet, compared as bits."""
+    region, dtype = ours.stored.region & theirs.stored.region, ours.stored.dtype
+    if region is None:
+        return None
+    if dtype != theirs.stored.dtype:
+        return f": {dtype} against {theirs.stored.dtype}"
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     for window in ours.packed.windows:
         box = window.region & region
         if box is None:
             continue
         for copy in copies(ours.packed, theirs.packed, box):
-            one = (
-                buffers[0]
-                .view(bits)
-                .as_strided(copy.shape, copy.source[1], ours.element() + copy.source[0])
-            )
-            other = (
-                buffers[1]
-                .view(bits)
-                .as_strided(copy.shape, copy.target[1], theirs.element() + copy.target[0])
-            )
+            first, strides = copy.source
+            one = here.view(bits).as_strided(copy.shape, strides, ours.element() + first)
+            first, strides = copy.target
+            other = there.view(bits).as_strided(copy.shape, strides, theirs.element() + first)
             if not torch.equal(one, other):
                 place = tuple((one != other).nonzero()[0].tolist())
                 values = (side[place].clone().view(dtype).item() for side in (one, other))

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,7 +78,7 @@ class Watcher(threading.Thread):
         self.activity = Activity(home=_home(), pid=os.getpid())
         self._heard, self._heard_at = -1, time.monotonic()
         self._steps, self._moved_at = -1, time.monotonic()
-        self._all_steps: list[int] = []
+        self._seen: dict[int, Activity] = {}
         self._say()
 
     def run(self) -> None:
@@ -114,11 +115,15 @@ class Watcher(threading.Thread):
 
     def _too_long(self, now: float) -> None:
         """Fail where this rank hangs; where it waits, if no rank gets on for as long again."""
-        peers = [self._peer(rank) for rank in range(self._world)]
-        all_steps = [-1 if peer is None else peer.steps for peer in peers]
-        if not self.activity.waiting or all_steps == self._all_steps:
-            self.fail(self._who_hangs(), 1)
-        self._all_steps, self._moved_at = all_steps, now
+        before, self._seen = self._seen, {}
+        for rank in range(self._world):
+            peer = self._peer(rank)
+            if peer is not None:
+                self._seen[rank] = peer
+        steps = {rank: peer.steps for rank, peer in self._seen.items()}
+        if not self.activity.waiting or steps == {r: peer.steps for r, peer in before.items()}:
+            self.fail(self._who_hangs(before), 1)
+        self._moved_at = now
 
     def _terminated(self) -> None:
         """Say which rank has died where that is why the launcher ends this one, then leave."""
@@ -184,16 +189,18 @@ class Watcher(threading.Thread):
         key = f"alive/{rank}"
         return Activity(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
-    def _who_hangs(self) -> str:
-        """Name the rank that works without getting on while the others wait for it."""
-        said = {rank: self._peer(rank) for rank in range(self._world)}
-        known = {rank: other for rank, other in said.items() if other is not None}
-        beats = self.activity.beat - SILENT_SECONDS / BEAT_SECONDS
-        silent = {rank: other for rank, other in known.items() if other.beat < beats}
-        working = {rank: other for rank, other in known.items() if not other.waiting}
-        busy = silent or working or known
-        rank = min(busy, key=lambda rank: busy[rank].steps)
+    def _who_hangs(self, before: Mapping[int, Activity]) -> str:
+        """Name the rank that is silent since `before`, or works without getting on."""
+        known = self._seen
+        silent = {
+            rank: peer
+            for rank, peer in known.items()
+            if rank in before and peer.beat == before[rank].beat
+        }
+        working = {rank: peer for rank, peer in known.items() if not peer.waiting}
+        suspects = silent or working or known
+        rank = min(suspects, key=lambda rank: suspects[rank].steps)
         return (
             f"rank {rank} made no progress for {self._timeout:g} s (engine.timeout) "
-            f"in phase `{busy[rank].phase}`, step {busy[rank].steps}"
+            f"in phase `{suspects[rank].phase}`, step {suspects[rank].steps}"
         )

@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 from reshard.errors import ConfigError, StorageError
+from reshard.families.model import Json
 from reshard.formats import common
 from reshard.storage import explained, sync
 
@@ -82,7 +83,6 @@ class Workspace:
         """Look at what is there; refuse what must not be touched, discard what --force gives up."""
         if self._finished():
             shutil.rmtree(self.partial, ignore_errors=True)
-            shutil.rmtree(self._beside("replaced"), ignore_errors=True)
             return State.DONE
         self._refuse_existing(force=force)
         for other in self._others():
@@ -104,12 +104,32 @@ class Workspace:
     def _finished(self) -> bool:
         """Whether the target is the finished result of this very job."""
         manifest = self.target / common.MANIFEST
-        return manifest.is_file() and common.read_json(manifest).get("job") == self.digest
+        if not manifest.is_file():
+            return False
+        record = common.read_json(manifest)
+        return record.get("job") == self.digest and self._whole(record.get("files"))
+
+    def _whole(self, files: Json) -> bool:
+        """Whether all files of the manifest are there in full length; else refuse the target."""
+        for name, entry in files.items() if isinstance(files, dict) else ():
+            path = self.target / common.confined(name, common.MANIFEST)
+            size = entry.get("size") if isinstance(entry, dict) else None
+            if not path.is_file() or path.stat().st_size != size:
+                raise ConfigError(
+                    f"`{path}`: missing or not of {size} bytes: `{self.target}` is the result of "
+                    "this job, but damaged; remove it and run again (`verify` says more)"
+                )
+        return True
 
     def _refuse_existing(self, *, force: bool) -> None:
         """Refuse a target that holds something, unless it is ours and --force was given."""
         if not os.path.lexists(self.target):
             return
+        if self.target.is_symlink() or os.path.ismount(self.target):
+            raise ConfigError(
+                f"`{self.target}`: is a symlink or a mount point, which cannot be replaced by a "
+                "rename; give dst.path a directory below it"
+            )
         if not self.target.is_dir():
             raise ConfigError(
                 f"`{self.target}`: exists and is not a directory; choose another dst.path"
@@ -128,16 +148,14 @@ class Workspace:
 
     def publish(self, *, fsync: bool) -> None:
         """Give the data its final name; between an old target's rename and this, none is there."""
-        old = self._beside("replaced")
+        old = self.partial / "replaced"
         with explained("publish", self.target):
             if self.target.is_dir() and any(self.target.iterdir()):
-                shutil.rmtree(old, ignore_errors=True)
                 self.target.rename(old)
             self.data.rename(self.target)
         if fsync:
             sync(self.target.parent)
         shutil.rmtree(self.partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the partial result of a job that turned out to be refused."""

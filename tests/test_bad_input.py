@@ -467,7 +467,7 @@ HF = {
     ),
     "a config of fewer layers": (
         edit_json("config.json", num_hidden_layers=1),
-        r"tensor `model.layers.1.\S+` is not part of a hf checkpoint",
+        r"tensors are not part of a llama model, first `model.layers.1.\S+` in",
     ),
     "a config of another width": (
         edit_json("config.json", intermediate_size=160),

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,56 @@ def test_a_bug_is_one_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert re.search(r"unexpected ZeroDivisionError: one two \(--debug", one_line(found.err))
 
 
+@pytest.mark.parametrize(
+    ("verb", "flag", "owner"),
+    [
+        ("run", "--world=8", "plan"),
+        ("run", "--json", "inspect"),
+        ("plan", "--force", "run"),
+        ("plan", "--report=x", "run"),
+        ("inspect", "--src=hf", "run and plan"),
+        ("inspect", "--world=0", "plan"),
+        ("verify", "--checksums", "inspect"),
+        ("verify", "--config=x", "run and plan"),
+    ],
+)
+def test_flags_of_other_verbs_are_refused(verb: str, flag: str, owner: str, tmp_path: Path) -> None:
+    name = flag.partition("=")[0]
+    pattern = rf"`{name}` does not apply to `{verb}`; it is for {owner}$"
+    refused(tmp_path, pattern, verb, flag)
+    if verb == "run":
+        refused(tmp_path, pattern, flag, "--src", "meta8", "--dst", "tp4")
+
+
+def test_a_rank_that_alone_is_refused_speaks_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("reshard.cli.ELSEWHERE_SECONDS", 0.01)
+    found = call("--src", "meta8", "--dst", "tp4", "engine.memry=1GiB")
+    assert found.code == 2
+    assert "`engine.memry`" in one_line(found.err)
+
+
+@pytest.mark.parametrize("verb", ["plan", "inspect", "run"])
+def test_a_reader_that_goes_away_is_no_failure(verb: str, tmp_path: Path) -> None:
+    source = write("meta8", tmp_path / "src")
+    words = ["inspect", source] if verb == "inspect" else [verb]
+    if verb != "inspect":
+        words += move("meta8", source, "tp4", tmp_path / "dst")
+    reading, writing = os.pipe()
+    os.close(reading)
+    found = subprocess.run(
+        [sys.executable, "-m", "reshard", *map(str, words)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (0, b"")
+    assert (tmp_path / "dst").exists() == (verb == "run")
+
+
 # Plans of models that are not there.
 
 
@@ -254,8 +306,19 @@ def test_a_job_file_says_the_same_as_flags(tmp_path: Path) -> None:
         "dst.max_shard_size=1GB",
     )
     assert len(list((tmp_path / "three").glob("*.safetensors"))) == 1, "words go before the file"
+    del job["dst"]["max_shard_size"]
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     done("--config", tmp_path / "job.yaml", "--dst", "tp2", f"dst.path={tmp_path / 'four'}")
     assert_same(read("tp2", tmp_path / "four"), model())
+
+
+def test_a_key_that_the_format_does_not_know_is_refused(tmp_path: Path) -> None:
+    source = write("meta8", tmp_path / "src")
+    for target, key in (("hf", "dst.rope_interleaved=true"), ("tp2", "dst.max_shard_size=1MB")):
+        words = move("meta8", source, target, tmp_path / "dst", key)
+        refused(tmp_path, rf"{key.partition('=')[0]} does not apply to \w+ as a target", *words)
+    words = move("meta8", source, "hf", tmp_path / "dst", "src.rope_interleaved=true")
+    refused(tmp_path, r"src.rope_interleaved does not apply to meta as a source", *words)
 
 
 def test_a_topology_may_be_a_yaml_file(tmp_path: Path) -> None:
@@ -406,6 +469,32 @@ def test_a_report_that_cannot_be_written_is_said_before_anything_is_moved(tmp_pa
     assert "report.json" in line
     assert "unexpected" not in line
     assert not (tmp_path / "dst").exists()
+
+
+def test_a_report_is_refused_before_the_job(tmp_path: Path) -> None:
+    source = write("meta8", tmp_path / "src")
+    words = move("meta8", source, "tp4", tmp_path / "dst")
+    absent = tmp_path / "no" / "report.json"
+    refused(tmp_path, r"--report: `\S+no/report.json`: its dir", *words, "--report", absent)
+    refused(tmp_path, r"--report: `\S+` is a directory", *words, "--report", tmp_path)
+    job = jobs.finished(2, [*words, "--report", str(absent)], tmp_path / "said")
+    assert job.wait(0) == [2, 2]
+    assert "--report" in one_line(job.err)
+
+
+def test_a_refused_job_leaves_no_report(tmp_path: Path) -> None:
+    words = move("meta8", tmp_path / "gone", "tp4", tmp_path / "dst")
+    refused(tmp_path, r"gone", *words, "--report", tmp_path / "report.json")
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device without space")
+def test_a_report_that_fails_in_the_end_is_named(tmp_path: Path) -> None:
+    source = write("meta8", tmp_path / "src")
+    found = call(*move("meta8", source, "tp4", tmp_path / "dst"), "--report", "/dev/full")
+    assert found.code == 1
+    assert re.search(r"`/dev/full`: cannot write: No space left", one_line(found.err))
+    done("verify", tmp_path / "dst")
 
 
 # The demo.

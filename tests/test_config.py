@@ -1,6 +1,7 @@
 """From names, files and KEY=VALUE to a checked job; everything else is refused in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,8 +167,8 @@ def test_wrong_values_are_refused_in_one_line(override, message):
 
 @pytest.mark.parametrize(
     "override",
-    ["src.path=[a", "src.path=${nope}", "src.path=${oc.env:NOPE_NOPE}", "engine.timeout=nan",
-     "engine.timeout=inf", "engine.memory=" + "9" * 400, "src.path={a: b}", "src.mesh.tp=[1]"],
+    ["src.mesh=[a", "src.path=${nope}", "src.path=${oc.env:NOPE_NOPE}", "engine.timeout=nan",
+     "engine.timeout=inf", "engine.memory=" + "9" * 400, "src.mesh={a: b}", "src.mesh.tp=[1]"],
 )  # fmt: skip
 def test_odd_values_are_refused_by_type(override):
     with pytest.raises(ReshardError) as caught:
@@ -251,3 +252,22 @@ def test_a_model_is_read_from_its_config_or_its_directory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_model(str(tmp_path)) == read_model(str(tmp_path / "config.json"))
     assert read_model(str(tmp_path)).kv_heads == 2
+
+
+@pytest.mark.parametrize("path", ["010", "2024_01_02", "1e3", "1:30", "yes", "a: b", "x #1", "[a"])
+def test_a_path_is_taken_as_it_stands(path):
+    assert load("meta8", "hf", [f"src.path={path}", f"dst.path={path}"], None).source.path == Path(
+        path
+    )
+
+
+def test_a_path_that_yaml_reads_as_a_number_is_refused(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("src: {topology: meta8, path: 2024_01}\ndst: {topology: hf, path: out}\n")
+    with pytest.raises(ConfigError, match=r"src.path is 202401, expected text; put it in quotes"):
+        load(None, None, [], str(file))
+
+
+def test_a_home_directory_is_expanded():
+    side = load("meta8", "hf", ["src.path=~/a"], None).source
+    assert side.path == Path("~/a").expanduser()

@@ -245,6 +245,79 @@ def test_a_damaged_partial_result_is_mended(
     done("verify", tmp_path / "dst")
 
 
+@pytest.mark.parametrize("loss", [Path.unlink, lambda file: os.truncate(file, 100)])
+def test_a_run_that_cannot_be_read_back_is_not_intact(
+    loss: Callable[[Path], None],
+    source: Path,
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Files are lost after they were laid out, as when another rank is slow to do so."""
+    words = [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS]
+    interrupt(1, words, tmp_path)
+    from reshard import commit
+    from reshard.job import _Run
+
+    resume, lay_out, again = _Run._resume, commit.lay_out, []
+
+    def lose_and_resume(self: _Run) -> journal.Table:
+        loss(self.workspace.data / "model.safetensors")
+        found = resume(self)
+        again.append(len(found))
+        places = commit.TargetPlaces(self.plan.target)
+        lay_out(self.workspace.data, self.plan.target, places, self.plan.target.files)
+        return found
+
+    monkeypatch.setattr(_Run, "_resume", lose_and_resume)
+    run(1, words, tmp_path)
+    assert again == [0]
+    assert_same_files(tmp_path / "dst", undisturbed["hf"])
+
+
+def test_the_progress_of_a_resumed_job_ends_at_100_percent(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS]
+    interrupt(1, words, tmp_path)
+    from reshard.report import Progress
+
+    add, seen = Progress.add, []
+
+    def noted(self: Progress, nbytes: int) -> None:
+        add(self, nbytes)
+        seen.append((self._done, self._total))
+
+    monkeypatch.setattr(Progress, "add", noted)
+    assert run(1, words, tmp_path)["bytes"]["resumed"] > 0
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_each_rank_syncs_what_it_wrote_before_it_says_so(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    from reshard.distributed import Ranks
+    from reshard.storage import Files
+
+    for holder, name in ((Files, "sync"), (journal.Journal, "sync"), (Ranks, "barrier")):
+        monkeypatch.setattr(holder, name, noting(getattr(holder, name), order))
+    done(*move("meta4", source, "hf", tmp_path / "dst"), "engine.fsync=true")
+    moved = order.index("Ranks.barrier moved")
+    assert order[moved - 2 : moved] == ["Files.sync", "Journal.sync"]
+    order.clear()
+    done(*move("meta4", source, "hf", tmp_path / "other"), "engine.fsync=false")
+    assert not any("sync" in item for item in order)
+
+
+def noting(original: Callable[..., Any], order: list[str]) -> Callable[..., Any]:
+    def noted(*args: Any) -> Any:
+        order.append(" ".join([original.__qualname__, *(a for a in args if isinstance(a, str))]))
+        return original(*args)
+
+    return noted
+
+
 def test_only_the_damaged_piece_is_written_again(source: Path, tmp_path: Path) -> None:
     words = [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS]
     interrupt(1, words, tmp_path)
@@ -418,6 +491,7 @@ def test_a_rank_that_is_stopped_is_named(source: Path, tmp_path: Path) -> None:
 HANGS = {
     "plan": "reshard.job:prepare",
     "move": WRITE,
+    "move while syncing": "reshard.storage:Files.sync",
     "move while reading": "reshard.engine:Engine._load",
     "commit": "reshard.commit:finish_file",
 }
@@ -435,6 +509,18 @@ def test_a_rank_that_hangs_is_named(which: int, phase: str, source: Path, tmp_pa
     assert re.search(expected, line), line
     assert codes == [1]
     assert seconds < FIVE_SECONDS
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_hangs_while_resuming_is_named(
+    which: int, source: Path, tmp_path: Path
+) -> None:
+    words = [*move("meta4", source, "tp2", tmp_path / "dst"), SMALL_ROUNDS, "engine.timeout=2"]
+    interrupt(1, words, tmp_path)
+    grief = ("reshard.job:_Run._intact", which, 2, "hang")
+    job = jobs.finished(2, words, tmp_path / "said", sabotage, *grief)
+    assert job.wait(0)[1 - which] == 1
+    assert re.search(rf"rank {which} made no progress for 2 s .* in phase `resume`", job.err)
 
 
 @pytest.mark.parametrize("exchange", ["collective", "direct"])

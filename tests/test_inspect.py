@@ -171,3 +171,28 @@ def test_repeated_heads_are_told(tmp_path: Path) -> None:
 def test_one_directory_is_asked_for(tmp_path: Path) -> None:
     refused(tmp_path, r"inspect: give one directory", "inspect")
     refused(tmp_path, r"inspect: give one directory", "inspect", tmp_path, tmp_path)
+
+
+def test_what_the_files_do_not_say_can_be_given(tmp_path: Path) -> None:
+    nanotron.write(model(), tmp_path / "src", 2, 1, rope_interleaved=True)
+    record = json.loads((tmp_path / "src" / "model_config.json").read_text())
+    del record["rope_interleaved"]
+    (tmp_path / "src" / "model_config.json").write_text(json.dumps(record))
+    found = call("inspect", tmp_path / "src")
+    assert found.code == 1
+    assert "give src.rope_interleaved=true" in found.out
+    told = json.loads(done("inspect", tmp_path / "src", "--json", "src.rope_interleaved=true").out)
+    assert (told["rope"], told["healthy"]) == ("interleaved rows", True)
+    bare = write("hf", tmp_path / "bare")
+    config = (bare / "config.json").rename(tmp_path / "config.json")
+    assert "src.model=FILE" in call("inspect", bare).out
+    assert "health      good" in done("inspect", bare, f"src.model={config}").out
+    refused(tmp_path, r"`src.tide`: did you mean `tied`", "inspect", bare, "src.tide=true")
+
+
+def test_what_cannot_be_scanned_has_a_format_and_problems_only(tmp_path: Path) -> None:
+    source = write("hf", tmp_path / "src")
+    (source / "config.json").unlink()
+    found = json.loads(call("inspect", source, "--json").out)
+    assert set(found) == {"path", "format", "problems", "healthy"}
+    assert call("inspect", source).out.startswith(f"{source}: hf\n  PROBLEM ")

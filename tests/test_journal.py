@@ -2,13 +2,23 @@
 
 import resource
 import signal
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reshard.errors import StorageError
-from reshard.journal import READ_RECORDS, SIZE, Journal, Record, journals, next_attempt, read
+from reshard.journal import (
+    READ_RECORDS,
+    SIZE,
+    Journal,
+    Record,
+    Table,
+    journals,
+    next_attempt,
+    read,
+)
 
 RECORDS = [
     Record(number, 1 << (number + 30), number + 1, 0xFFFFFFFF - number) for number in range(7)
@@ -108,3 +118,91 @@ def test_a_full_disk_is_an_error_even_where_a_part_still_fits(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
         journal.close()
+
+
+# The table of all journals.
+
+
+def table_of(directory, records, **share):
+    write(directory, records)
+    return Table.read(directory, lambda: None, **share)
+
+
+@files_are_rewritten
+@given(
+    st.lists(
+        st.builds(
+            Record,
+            st.integers(0, 4) | st.just(2**32 - 1),
+            st.integers(0, 5) | st.integers(2**40 - 2, 2**40 + 2) | st.just(2**63 - 1),
+            st.integers(0, 2**63 - 1),
+            st.integers(0, 2**32 - 1),
+        ),
+        max_size=40,
+    )
+)
+def test_a_table_holds_the_latest_record_of_each_place(tmp_path, records):
+    for old in journals(tmp_path):
+        old.unlink()
+    table = table_of(tmp_path, records)
+    latest = {(record.file, record.offset): record for record in records}
+    assert len(table) == len(latest)
+    for (file, offset), record in latest.items():
+        assert table.get(file, offset) == record.crc
+        assert ((file, offset + 1) in latest) == (table.get(file, offset + 1) is not None)
+    for file in {record.file for record in records}:
+        expected = sorted(
+            (record for record in latest.values() if record.file == file),
+            key=lambda record: record.offset,
+        )
+        assert list(table.of_file(file)) == expected
+    assert table.digest() == Table.read(tmp_path, lambda: None).digest()
+
+
+def test_an_empty_table_is_asked_like_any_other(tmp_path):
+    for table in (Table.empty(), Table.read(tmp_path, lambda: None), table_of(tmp_path, [])):
+        assert (len(table), table.get(0, 0), list(table.of_file(0))) == (0, None, [])
+        assert len(table.kept([table.check(lambda _: True, rank, 3) for rank in range(3)])) == 0
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 20])
+def test_ranks_share_the_check_and_keep_the_same(tmp_path, world):
+    records = [Record(number % 3, number, 1, number) for number in range(17)]
+    table, seen = table_of(tmp_path, records), []
+
+    def intact(record):
+        seen.append(record)
+        return record.crc % 5 != 0
+
+    kept = table.kept([table.check(intact, rank, world) for rank in range(world)])
+    assert sorted(seen, key=lambda record: record.crc) == records, "each is checked by one rank"
+    for record in records:
+        assert (kept.get(record.file, record.offset) is not None) == (record.crc % 5 != 0)
+
+
+def test_a_table_of_a_share_of_the_files_holds_no_other(tmp_path):
+    records = [Record(number % 5, number, 1, number) for number in range(50)]
+    table = table_of(tmp_path, records, rank=1, world=2)
+    assert [record.file for file in range(5) for record in table.of_file(file)] == [1] * 10 + [
+        3
+    ] * 10
+
+
+def test_200000_records_are_resumed_in_12_mib(tmp_path):
+    count, steps = 200_000, []
+    with Journal(tmp_path, 1, 0) as journal:
+        for start in range(0, count, 1000):
+            numbers = range(start, start + 1000)
+            journal.append(Record(n % 7, (n * 7919 % count) << 22, 1 << 22, n) for n in numbers)
+    tracemalloc.start()
+    try:
+        table = Table.read(tmp_path, lambda: steps.append(1))
+        bits = table.check(lambda record: record.crc % 100 != 0, 0, 1)
+        kept = table.kept([bits])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (len(table), len(kept)) == (count, count - count // 100)
+    assert len(bits) <= count // 8 + 1
+    assert len(steps) >= count // READ_RECORDS
+    assert peak < 12 << 20, f"{peak / (1 << 20):.1f} MiB"

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from reshard.storage import (
     OPEN_FILES,
     Files,
     allocated_bytes,
+    crc32_of,
     create,
     read_bytes,
     require_space,
@@ -176,6 +178,50 @@ def test_a_file_that_ends_too_early_is_a_checkpoint_error(source, offset):
 
 def test_read_bytes_reads_exactly_what_was_asked_for(source):
     assert read_bytes(source._root / "file", 5, 7) == DATA[5:12]
+
+
+@pytest.mark.parametrize("step", [1, 7, len(DATA), len(DATA) + 1])
+def test_a_checksum_is_that_of_the_bytes_whatever_the_step(source, monkeypatch, step):
+    monkeypatch.setattr(storage, "CRC_BYTES", step)
+    path = source._root / "file"
+    assert crc32_of(path, 0, len(DATA)) == zlib.crc32(DATA)
+    assert crc32_of(path, 5, 100) == zlib.crc32(DATA[5:105])
+    assert crc32_of(path, 5, 0) == 0
+    assert crc32_of(path, 105, 9, zlib.crc32(DATA[5:105])) == zlib.crc32(DATA[5:114])
+    with pytest.raises(CheckpointError, match=f"file`: truncated: ends before byte {len(DATA)}1"):
+        crc32_of(path, 3, int(f"{len(DATA)}1") - 3)
+    with pytest.raises(StorageError, match=r"absent`: cannot read: No such file"):
+        crc32_of(path.with_name("absent"), 0, 1)
+
+
+def test_what_was_written_is_synced_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "OPEN_FILES", 2)
+    for name in "abcd":
+        (tmp_path / name).write_bytes(b"....")
+    files, synced, steps = Files(tmp_path, os.O_RDWR), [], []
+    monkeypatch.setattr(
+        storage.os,
+        "fsync",
+        lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name),
+    )
+    files.read("d", 0, [memoryview(bytearray(4))])
+    for name in "cabc":
+        files.write(name, 0, [memoryview(b"1234")])
+    files.sync(lambda: steps.append(1))
+    assert (synced, len(steps)) == (["a", "b", "c"], 3)
+    files.sync(lambda: steps.append(1))
+    files.close()
+    assert len(synced) == 3, "synced twice"
+
+
+def test_a_failing_sync_names_the_file(target, monkeypatch):
+    def fails(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    target.write("file", 0, [memoryview(b"1234")])
+    monkeypatch.setattr(storage.os, "fsync", fails)
+    with pytest.raises(StorageError, match=r"file`: cannot sync: Input/output error"):
+        target.sync(lambda: None)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -25,7 +25,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = write("meta8", root / "src")
     (source / "tokenizer.model").write_text("some words")
     for target in TARGETS:
-        done(*move("meta8", source, target, root / target, "dst.max_shard_size=100KB"))
+        more = ["dst.max_shard_size=100KB"] if target == "hf" else []
+        done(*move("meta8", source, target, root / target, *more))
     return {target: root / target for target in TARGETS}
 
 
@@ -272,3 +273,98 @@ def test_a_tied_model_equals_itself_in_every_layout(tmp_path: Path) -> None:
     done("verify", other, third)
     untied = write("hf", tmp_path / "untied")
     refused(tmp_path, r"lm_head.weight", "verify", one, untied, code=1)
+
+
+# Places that hold the same parameter again.
+
+NORMS = 5
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files whose norms differ on one rank, as released checkpoints' do, and one made of them."""
+    root = tmp_path_factory.mktemp("noisy")
+    meta.write(model(), root / "first", 4, norm_noise=0)
+    meta.write(model(), root / "third", 4, norm_noise=2)
+    found = done(*move("meta4", root / "third", "hf", root / "hf"))
+    assert "5 copies of 5 replicated tensors differ" in found.out
+    return {name: root / name for name in ("first", "third", "hf")}
+
+
+def test_copies_that_may_differ_are_a_warning(noisy: dict[str, Path]) -> None:
+    warning = rf"warning: {NORMS} copies of replicated tensors differ .*consolidated.02.pth`\n"
+    for one, other in (("third", "third"), ("third", "hf"), ("hf", "third")):
+        found = done("verify", noisy[one], noisy[other])
+        assert re.match(rf"{warning}equal: 21 parameters", found.out), found.out
+    assert "warning" not in done("verify", noisy["hf"], noisy["hf"]).out
+
+
+def test_the_first_place_is_what_is_compared(noisy: dict[str, Path], tmp_path: Path) -> None:
+    line = refused(tmp_path, r"norm.weight`", "verify", noisy["first"], noisy["third"], code=1)
+    assert "consolidated.00.pth` against `consolidated.00.pth" in line
+    refused(tmp_path, r"norm.weight`", "verify", noisy["first"], noisy["hf"], code=1)
+
+
+def test_ranks_count_the_copies_together(noisy: dict[str, Path], tmp_path: Path) -> None:
+    words = ["verify", str(noisy["third"]), str(noisy["hf"])]
+    job = jobs.finished(2, words, tmp_path / "said")
+    assert (job.wait(0), job.err) == ([0, 0], "")
+    assert job.out.count("warning: ") == job.out.count(f"warning: {NORMS} copies") == 1
+
+
+def spoil(file: Path, key: str) -> None:
+    """Change one bit of the first element of a stored tensor."""
+    import torch
+
+    held = torch.load(file, weights_only=True)
+    held[key].view(torch.int16)[-1, -1] ^= 1
+    torch.save(held, file)
+
+
+def test_repeated_heads_that_differ_are_a_difference(tmp_path: Path) -> None:
+    held = model(num_key_value_heads=4)
+    meta.write(held, tmp_path / "good", 8)
+    meta.write(held, tmp_path / "bad", 8)
+    key = "layers.1.attention.wk.weight"
+    spoil(tmp_path / "bad" / "consolidated.03.pth", key)
+    done("verify", tmp_path / "good", tmp_path / "good")
+    for words in (("good", "bad"), ("bad", "good"), ("bad", "bad")):
+        pattern = (
+            rf"bad/consolidated.03.pth`: tensor `{key}` differs from its copy `{key}` in `\S+02"
+        )
+        paths = [tmp_path / word for word in words]
+        refused(tmp_path, pattern, "verify", *paths, code=1)
+
+
+def test_a_tied_output_that_differs_is_a_difference(tmp_path: Path) -> None:
+    source = write("meta2", tmp_path / "src", model(tied=True))
+    write("hf", tmp_path / "hf", model(tied=True))
+    spoil(source / "consolidated.01.pth", "output.weight")
+    words = ("verify", source, tmp_path / "hf", "src.tied=true")
+    pattern = r"01.pth`: tensor `output.weight` differs from its copy `tok_embeddings.weight`"
+    refused(tmp_path, pattern, *words, code=1)
+
+
+# Memory, and what the files do not say.
+
+
+def test_too_little_memory_is_refused_with_the_least(layouts: dict[str, Path]) -> None:
+    words = ("verify", layouts["meta8"], layouts["hf2"])
+    line = refused(
+        layouts["hf2"], r"engine.memory: 1MiB is too little", *words, "engine.memory=1MiB"
+    )
+    least = re.search(r"the least that works is (\d+)MiB", line)
+    assert least is not None, line
+    done(*words, f"engine.memory={least[1]}MiB")
+    refused(layouts["hf2"], "too little", *words, f"engine.memory={int(least[1]) - 1}MiB")
+
+
+def test_options_hold_for_both_sides(layouts: dict[str, Path], tmp_path: Path) -> None:
+    old = shutil.copytree(layouts["interleaved"], tmp_path / "old")
+    record = json.loads((old / "model_config.json").read_text())
+    del record["rope_interleaved"]
+    (old / "model_config.json").write_text(json.dumps(record))
+    refused(tmp_path, r"src.rope_interleaved=true", "verify", old, layouts["hf2"])
+    for words in ((old, layouts["hf2"]), (layouts["hf2"], old)):
+        done("verify", *words, "src.rope_interleaved=true")
+    refused(tmp_path, "proj", "verify", old, layouts["hf2"], "src.rope_interleaved=false", code=1)

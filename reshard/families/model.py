@@ -1,5 +1,6 @@
 """The canonical model config: the sizes and facts of a model, whatever format it was read from."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
@@ -7,6 +8,16 @@ from reshard.errors import ConfigError
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
+SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
+MAX_LAYERS, MAX_SIZE = 10_000, 1 << 31
+KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "tied": bool,
+    "attention_bias": bool,
+    "mlp_bias": bool,
+    "norm_eps": (int, float),
+    "rope_theta": (int, float),
+    "max_positions": int,
+}
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Spellings of config.json for the fields whose name here differs; the rest is carried as `extras`.
 # transformers 4.x writes torch_dtype, rope_theta and rope_scaling; 5.x dtype and rope_parameters.
@@ -30,6 +41,7 @@ HF_NAMES = {
     "pad_token_id": "pad",
     "torch_dtype": "dtype",
 }
+NULLABLE = {"bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling"}
 RENAMED = {"dtype", "rope_parameters", "architectures", "model_type", "transformers_version"}
 
 
@@ -62,17 +74,18 @@ class ModelConfig:
     extras: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
-        wrong = [
-            name
-            for name in sizes
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1
-        ]
-        if wrong:
-            raise ConfigError(
-                f"model config: `{wrong[0]}` is {getattr(self, wrong[0])!r}, "
-                "expected a positive int"
-            )
+        limits = dict.fromkeys(SIZES, MAX_SIZE) | {"layers": MAX_LAYERS}
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ConfigError(
+                    f"model config: `{name}` is {value!r}, expected a positive int up to {limit}"
+                )
+        for name, kind in KINDS.items():
+            value = getattr(self, name)
+            known = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not known or not math.isfinite(value):
+                raise ConfigError(f"model config: `{name}` is {value!r}, which is no {name}")
         if self.dtype not in DTYPES:
             raise ConfigError(
                 f"model config: dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}"
@@ -101,7 +114,9 @@ def from_json(record: Mapping[str, Json]) -> ModelConfig:
 
 def from_hf(config: Mapping[str, Json], name: str) -> ModelConfig:
     """Read a Hugging Face config.json (`name` is for messages) in the 4.x or the 5.x spelling."""
-    flat = dict(config)
+    flat = {key: value for key, value in config.items() if value is not None or key in NULLABLE}
+    if "quantization_config" in flat:
+        raise ConfigError(f"`{name}`: a quantised model, which is not supported; convert it back")
     rope = flat.get("rope_parameters")
     if isinstance(rope, dict):
         flat["rope_theta"] = rope.get("rope_theta", 10000.0)

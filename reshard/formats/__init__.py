@@ -1,6 +1,7 @@
 """The checkpoint formats. Each is one module, found by name; adding one adds a format.
 
 NAME, ASSETS                              its name in a topology; the small files kept at its root
+SOURCE_KEYS, TARGET_KEYS                  the keys of src and dst that only some formats know
 layout(parameters, model, options)        where every parameter lies: pure, for reading and writing
 detect(path) -> bool                      whether a directory is of this format
 scan(path, options) -> Scan               the model and the layout of a directory that exists
@@ -29,6 +30,8 @@ class Format(Protocol):
 
     NAME: str
     ASSETS: tuple[str, ...]
+    SOURCE_KEYS: tuple[str, ...]
+    TARGET_KEYS: tuple[str, ...]
 
     def layout(
         self, parameters: Sequence[Parameter], model: ModelConfig, options: Options

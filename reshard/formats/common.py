@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Json]:
 
 def dump_json(value: Mapping[str, object]) -> bytes:
     """JSON as every output file has it: sorted keys, two blanks, a final newline."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def confined(name: str, origin: str) -> str:
@@ -75,6 +75,28 @@ def manifest_model(root: Path) -> ModelConfig | None:
         return from_json(record)
     except ConfigError as error:
         raise CheckpointError(f"`{root / MANIFEST}`: {error}") from None
+
+
+def config_for(
+    root: Path, asked: ModelConfig | None, found: Sequence[int]
+) -> tuple[ModelConfig | None, list[str]]:
+    """The config for what files do not say: src.model, else our manifest; and a note on it.
+
+    `found` are hidden size, layers and heads as the files have them. A src.model of another size is
+    refused, a manifest of another size is left aside.
+    """
+    known = asked or manifest_model(root)
+    if known is None:
+        return None, []
+    sizes = (known.hidden, known.layers, known.heads)
+    if sizes == tuple(found):
+        return known, [f"what the files do not say is from {'src.model' if asked else MANIFEST}"]
+    if asked is not None:
+        raise CheckpointError(
+            f"`{root}`: src.model has width {sizes[0]}, {sizes[1]} layers and {sizes[2]} heads, "
+            f"but the files have {found[0]}, {found[1]} and {found[2]}"
+        )
+    return None, [f"{MANIFEST} describes another model and is left aside"]
 
 
 def with_stored_dtypes(
@@ -149,6 +171,10 @@ def _problems(scan: Scan, file: str) -> list[str]:
     expected = {content.key: content for content in scan.layout.contents(file)}
     found = [f"`{file}`: tensor `{key}` is missing" for key in expected if key not in entries]
     for key, entry in entries.items():
+        if key in expected and not entry.dtype.is_floating_point:
+            found.append(
+                f"`{file}`: tensor `{key}` is {_text(entry.dtype)}: quantised, not weights"
+            )
         if key not in expected:
             if not scan.ignored(key):
                 found.append(

@@ -5,7 +5,7 @@ embedding is what the config says, never what is missing. config.json is written
 spells it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,8 @@ ASSETS = (
     "preprocessor_config.json",
     "generation_config.json",
 )
+SOURCE_KEYS = ("tied",)
+TARGET_KEYS = ("max_shard_size",)
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -140,6 +142,7 @@ def scan(path: Path, options: Options) -> Scan:
         raise CheckpointError(
             f"`{path}`: {len(missing)} tensors are missing, first `{missing[0]}`{hint}"
         )
+    _refuse_unknown(path, files, {parameter.name for parameter in expected}, model)
     dtypes = {
         parameter.name: containers.index(path / files[parameter.name]).entries[parameter.name].dtype
         for parameter in expected
@@ -149,6 +152,7 @@ def scan(path: Path, options: Options) -> Scan:
     stored = common.with_stored_dtypes(expected, dtypes)
     options = replace(options, mesh=Mesh(), files=files)
     return Scan(
+        NAME,
         model,
         stored,
         layout(stored, model, options),
@@ -157,6 +161,19 @@ def scan(path: Path, options: Options) -> Scan:
         tuple(assumed),
         ignored=ignored,
     )
+
+
+def _refuse_unknown(
+    path: Path, files: Mapping[str, str], expected: Set[str], model: ModelConfig
+) -> None:
+    """Refuse tensors that the model has no parameter for: they would be lost without a word."""
+    tied = {HEAD} if model.tied else set()
+    unknown = [key for key in files if key not in expected | tied and not ignored(key)]
+    if unknown:
+        raise CheckpointError(
+            f"`{path}`: {len(unknown)} tensors are not part of a {model.model_type} model, "
+            f"first `{unknown[0]}` in `{files[unknown[0]]}`"
+        )
 
 
 def _weight_map(path: Path) -> dict[str, str]:

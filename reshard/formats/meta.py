@@ -25,6 +25,8 @@ from reshard.layout import Constant, Content, Layout, Parameter, Slot
 
 NAME = "meta"
 ASSETS = ("tokenizer.model",)
+SOURCE_KEYS = ("tied", "rope_factor")
+TARGET_KEYS = ("embedding_dim",)
 FILE = "consolidated.{shard:02d}.pth"
 KEYS = {
     "embedding": "tok_embeddings.weight",
@@ -119,6 +121,7 @@ def _check(model: ModelConfig, options: Options) -> int:
     common.require_no_bias(model, name)
     common.require_plain_heads(model, name)
     common.require_even_heads(model, name)
+    meta_params.require_said(model, name)
     sizes = [model.heads, model.intermediate, model.vocab]
     if embedding_dim(model, options) == 1:
         sizes.append(model.hidden)
@@ -163,12 +166,13 @@ def scan(path: Path, options: Options) -> Scan:
     mp = _count_files(path, options)
     params = meta_params.read(path / meta_params.PARAMS)
     entries = containers.index(path / FILE.format(shard=0)).entries
-    known = options.model or common.manifest_model(path)
     sizes = _sizes(path, entries, params, mp)
     meta_params.check(path / meta_params.PARAMS, params, sizes)
+    known, noted = common.config_for(path, options.model, (sizes.hidden, sizes.layers, sizes.heads))
     model, assumed = meta_params.to_model(
         path / meta_params.PARAMS, params, sizes, known=known, rope_factor=options.rope_factor
     )
+    assumed = [*noted, *assumed]
     for decide in (_drop_copied_heads, _tie):
         model, said = decide(path, model, mp, options, known)
         assumed += said
@@ -185,7 +189,7 @@ def scan(path: Path, options: Options) -> Scan:
         options, mesh=Mesh(tp=mp), embedding_dim=1 if mp > 1 and cut_on_columns else 0
     )
     found = replace(layout(stored, model, options), constants=())
-    return Scan(model, stored, found, path, options, tuple(assumed), ignored=ignored)
+    return Scan(NAME, model, stored, found, path, options, tuple(assumed), ignored=ignored)
 
 
 def _sizes(
@@ -226,7 +230,7 @@ def _sizes(
 def _count_files(path: Path, options: Options) -> int:
     """How many files there are, which must be numbered from 0 without a gap."""
     names = {found.name for found in path.glob("consolidated.*.pth")}
-    pattern = re.compile(r"consolidated\.(\d+)\.pth")
+    pattern = re.compile(r"consolidated\.(\d{2,4})\.pth")
     numbers = sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
     if not numbers:
         raise CheckpointError(f"`{path}`: no consolidated.NN.pth in this directory")

@@ -109,8 +109,12 @@ def to_model(
     theta = _number(path, params, "rope_theta", 10000.0)
     eps = _number(path, params, "norm_eps", 1e-5)
     scaled = bool(params.get("use_scaled_rope"))
-    shape = (sizes.hidden, sizes.layers, sizes.heads)
-    if known is not None and (known.hidden, known.layers, known.heads) == shape:
+    if known is not None:
+        if scaled != is_llama3(known):
+            raise CheckpointError(
+                f"`{path}`: use_scaled_rope is {scaled}, but the config of the model has "
+                f"rope_scaling {known.rope_scaling}"
+            )
         model = replace(
             known,
             kv_heads=sizes.kv_heads,
@@ -120,8 +124,8 @@ def to_model(
             norm_eps=eps,
             rope_theta=theta,
         )
-        return model, ["rope scaling, positions and token ids from the config of the model"]
-    factor = rope_factor or (32.0 if shape[:2] in LLAMA_3_2 else 8.0)
+        return model, []
+    factor = rope_factor or (32.0 if (sizes.hidden, sizes.layers) in LLAMA_3_2 else 8.0)
     llama_3 = sizes.vocab >= LLAMA_3_VOCABULARY
     model = ModelConfig(
         model_type="llama",
@@ -147,6 +151,26 @@ def to_model(
         why = "as asked for" if rope_factor else f"{sizes.layers} layers of width {sizes.hidden}"
         assumed.append(f"rope factor {factor:g} ({why}; src.rope_factor=8|32 says otherwise)")
     return model, assumed
+
+
+def is_llama3(model: ModelConfig) -> bool:
+    """Whether the model scales its positions in the one way that Meta's code knows."""
+    scaling = model.rope_scaling or {}
+    return "llama3" in (scaling.get("rope_type"), scaling.get("type"))
+
+
+def require_said(model: ModelConfig, name: str) -> None:
+    """Refuse what Meta's code would compute otherwise, since params.json cannot say it."""
+    usual = {key: ROPE_SCALING[key] for key in ROPE_SCALING if key not in ("factor", "rope_type")}
+    scaling = model.rope_scaling
+    odd = scaling is not None and any(scaling.get(key) != value for key, value in usual.items())
+    if scaling is not None and (odd or not is_llama3(model)):
+        raise LayoutError(
+            f"{name}: rope_scaling {dict(scaling)} cannot be said in params.json, which knows "
+            f"llama3 scaling with {usual} only; use --dst hf"
+        )
+    if (activation := model.extras.get("hidden_act", "silu")) != "silu":
+        raise LayoutError(f"{name}: hidden_act is {activation}, Meta's code has silu only")
 
 
 def _positions(theta: float, eps: float, *, scaled: bool) -> int:
@@ -181,7 +205,7 @@ def write(model: ModelConfig, mp: int) -> dict[str, Json]:
     }
     if multiplier is not None:
         params["ffn_dim_multiplier"] = multiplier
-    if model.rope_scaling is not None:
+    if is_llama3(model):
         params["use_scaled_rope"] = True
     return params
 

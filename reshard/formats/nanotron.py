@@ -40,6 +40,8 @@ from reshard.layout import Layout, Parameter, Slot
 
 NAME = "nanotron"
 ASSETS: tuple[str, ...] = ()
+SOURCE_KEYS = ("tied", "rope_interleaved")
+TARGET_KEYS = ("rope_interleaved", "vocab_multiple")
 FUSED = (("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up"))
 VOCABULARY = ("embedding", "output")
 LEFT_BEHIND = {
@@ -246,6 +248,7 @@ def scan(path: Path, options: Options) -> Scan:
     found = layout(stored, model, options)
     left = tuple(what for name, what in LEFT_BEHIND.items() if (root / name).exists())
     return Scan(
+        NAME,
         model,
         stored,
         found,
@@ -284,22 +287,19 @@ def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, 
             f"but src.rope_interleaved={options.rope_interleaved}"
         )
     model = _model_of(config, name)
-    known, assumed = options.model or common.manifest_model(root), []
-    if known is not None and (known.hidden, known.layers, known.heads) == (
-        model.hidden,
-        model.layers,
-        model.heads,
-    ):
+    known, assumed = common.config_for(
+        root, options.model, (model.hidden, model.layers, model.heads)
+    )
+    if known is not None:
         model = replace(
             known, rope_theta=model.rope_theta, norm_eps=model.norm_eps, tied=model.tied
         )
-        assumed.append("token ids and vocabulary from the config of the model")
-        if model.vocab < rows:
-            assumed.append(f"{rows - model.vocab} rows of vocabulary padding dropped")
-    elif model.vocab != rows:
+    if model.vocab > rows or (known is None and model.vocab != rows):
         raise CheckpointError(
             f"`{name}`: vocab_size {model.vocab}, but the embedding's files hold {rows} rows"
         )
+    if model.vocab < rows:
+        assumed.append(f"{rows - model.vocab} rows of vocabulary padding dropped")
     if options.tied is not None:
         model = replace(model, tied=options.tied)
     return model, bool(interleaved), assumed

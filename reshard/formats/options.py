@@ -54,6 +54,7 @@ class Scan:
     `wrong_metadata(file, metadata)` what is wrong with a header's metadata.
     """
 
+    format: str
     model: ModelConfig
     parameters: tuple[Parameter, ...]
     layout: Layout
