@@ -21,9 +21,8 @@ from reshard.layout import StoredTensor, check_same_parameters
 from reshard.packing import copies
 from reshard.plan import Plan
 from reshard.report import size_text
-from reshard.storage import Files
+from reshard.storage import Files, crc32_of
 
-STEP_BYTES = 4 << 20
 DIFFERENCES_SHOWN = 3
 
 
@@ -50,7 +49,9 @@ def against_manifest(path: Path, ranks: Ranks) -> list[str]:
     ranks.phase("verify")
     for span in spans[ranks.rank :: ranks.world]:
         ranks.step()
-        if span.file in intact and _crc(path / span.file, span) != span.crc:
+        if span.file not in intact:
+            continue
+        if crc32_of(path / span.file, span.start, span.length) != span.crc:
             end = span.start + span.length
             problems.append(
                 f"`{span.file}`: bytes {span.start} to {end} ({span.what}) differ from the manifest"
@@ -133,18 +134,6 @@ def _sizes_wrong(path: Path, sizes: Mapping[str, int]) -> list[str]:
     }
     extra = sorted(here - set(sizes) - {common.MANIFEST})
     return problems + [f"`{file}` is not in the manifest" for file in extra]
-
-
-def _crc(path: Path, span: Span) -> int:
-    crc, position, end = 0, span.start, span.start + span.length
-    with open(path, "rb", buffering=0) as file:
-        while position < end:
-            data = os.pread(file.fileno(), min(STEP_BYTES, end - position), position)
-            if not data:
-                return -1
-            crc = isal_zlib.crc32(data, crc)
-            position += len(data)
-    return crc
 
 
 def against_other(one: Path, other: Path, options: Options, memory: int, ranks: Ranks) -> list[str]:

@@ -6,7 +6,7 @@ look like.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from reshard.errors import CheckpointError, LayoutError
@@ -115,27 +115,12 @@ def to_model(
                 f"`{path}`: use_scaled_rope is {scaled}, but the config of the model has "
                 f"rope_scaling {known.rope_scaling}"
             )
-        model = replace(
-            known,
-            kv_heads=sizes.kv_heads,
-            head_dim=sizes.head_dim,
-            intermediate=sizes.intermediate,
-            vocab=sizes.vocab,
-            norm_eps=eps,
-            rope_theta=theta,
-        )
-        return model, []
+        return replace(known, **asdict(sizes), norm_eps=eps, rope_theta=theta), []
     factor = rope_factor or (32.0 if (sizes.hidden, sizes.layers) in LLAMA_3_2 else 8.0)
     llama_3 = sizes.vocab >= LLAMA_3_VOCABULARY
     model = ModelConfig(
         model_type="llama",
-        hidden=sizes.hidden,
-        layers=sizes.layers,
-        heads=sizes.heads,
-        kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        intermediate=sizes.intermediate,
-        vocab=sizes.vocab,
+        **asdict(sizes),
         norm_eps=eps,
         rope_theta=theta,
         rope_scaling={**ROPE_SCALING, "factor": factor} if scaled else None,
