@@ -8,13 +8,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check real clean
+.PHONY: help demo test check real titan clean
 
 help:
 	@echo 'make demo    reshard a tiny seeded Llama from 8 Meta files to Nanotron TP=4, on 8 ranks'
 	@echo 'make test    run the tests on all cores'
 	@echo 'make check   formatting, lint, types and tests, as CI runs them'
 	@echo 'make real    reshard and load with the real libraries (transformers, gguf)'
+	@echo "make titan   TorchTitan's own model and adapter read what we write (an environment of 2 GB)"
 	@echo 'make clean   delete the environment, caches and the demo'
 	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS=$(PIP_FLAGS)'
 
@@ -33,8 +34,12 @@ check: $(VENV)/.dev
 real: $(VENV)/.real
 	@PATH="$(abspath $(BIN)):$$PATH" tests/real/run.sh
 
+titan: $(VENV)/.dev
+	@PYTHON=$(abspath $(BIN))/python PIP_FLAGS='$(PIP_FLAGS)' tests/real/titan.sh
+	@$(BIN)/python -m pytest tests/test_titan_adapter.py
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info reshard-demo
+	rm -rf $(VENV) .venv-titan .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info reshard-demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -31,32 +31,38 @@ FLAGS = {
 VERBS = tuple(FLAGS)
 ELSEWHERE_SECONDS = 5.0
 DESCRIPTION = """\
-Reshards LLM checkpoints between Meta MP, Nanotron TPxPP and Hugging Face, bit for bit,
-in bounded memory.
+Reshards LLM checkpoints between Meta MP, Nanotron TPxPP, Hugging Face, FSDP and TorchTitan (DCP),
+bit for bit, in bounded memory.
 
   torchrun --nproc-per-node 8 -m reshard --src meta8 --dst tp4 src.path=DIR dst.path=DIR
+  torchrun --nproc-per-node 2 -m reshard --src dcp --dst hf src.path=DIR src.assets=DIR dst.path=DIR
   python -m reshard plan --src meta8 --dst tp4 src.model=llama3-70b --world 8
   python -m reshard inspect DIR
   python -m reshard verify DIR [OTHER]
 
-SPEC is a topology (meta8, tp4, tp4pp2, hf, or any of the kind with other numbers), a YAML file,
-or for a source a checkpoint's directory. KEY=VALUE sets any key of the configuration:
+SPEC is a topology (meta8, tp4, tp4pp2, hf, fsdp8, titan8, or any of the kind with other numbers;
+dcp for a source that is fsdp or titan), a YAML file, or for a source a checkpoint's directory.
+KEY=VALUE sets any key of the configuration:
   src.path dst.path          directories of the checkpoints
   src.model                  a name in configs/models, or a config.json, where the source has none
+  src.assets                 a directory with the config, tokenizer, ... that the source lacks
   src.replicas=first|strict  what to do when replicated tensors differ
-  src.tied src.rope_factor src.rope_interleaved      what the files of a source do not say;
+  src.tied src.rope_factor src.rope_interleaved src.rope    what the files of a source do not say;
                              these and src.model also for inspect and verify (there both sides)
   dst.dtype=keep|bfloat16|float16|float32
   dst.max_shard_size=5GB dst.embedding_dim=auto|0|1 dst.vocab_multiple=N
   dst.rope_interleaved=true|false dst.like=DIR
+  dst.wrapper=model|none     fsdp: whether names stand below a dict `model`
+  dst.rope=interleaved|half dst.keys=current|older dst.mesh.tp=N      titan
   engine.memory=256MiB       per rank, a hard bound
   engine.exchange=collective|direct   engine.writers=nearest|owner   engine.backend=auto|nccl|gloo
   engine.timeout=1800        seconds without progress   engine.fsync=true
+  engine.require_complete=false       true: refuse a target that would lack config or tokenizer
 With neither src.path nor dst.path, `run` makes a tiny model below ./reshard-demo and reshards it.
 
-A target is absent or complete. What is under way lies in DST.partial-<digest>; the same command
-goes on with it. --force discards the partial result of another job, and replaces a DST that this
-program wrote (between the two renames it is absent).
+A target is absent or complete; TorchTitan's is dst.path/step-0. What is under way lies in
+DST.partial-<digest>; the same command goes on with it. --force discards the partial result of
+another job, and replaces a DST that this program wrote (between the two renames it is absent).
 
 exit codes: 0 done or already done; 1 failed, or a difference was found; 2 refused
 """
@@ -221,6 +227,8 @@ def _run(arguments: argparse.Namespace, config: configuration.JobConfig, ranks: 
     if met.rank == 0 and report_file is not None:
         with explained("write", report_file):
             report_file.write_text(figures.to_json(), encoding="utf-8")
+    if figures.state != "done":
+        say(figures.readiness.line())
     say(figures.last_line())
     met.barrier("done")
     met.close()

@@ -25,9 +25,7 @@ from reshard.layout import Content, Layout, StoredTensor
 from reshard.storage import Files, create, explained, sync, write_small
 
 MANIFEST_VERSION = 1
-MAX_ASSET_BYTES = 64 << 20
 ZEROS = bytes(1 << 20)
-LEGAL_TEXTS = ("LICENSE", "NOTICE", "USE_POLICY", "README")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +71,13 @@ class TargetPlaces:
 class SourcePlaces:
     """Where the stored tensors of a checkpoint that exists lie in its files."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, container: str) -> None:
         self._root = root
+        self._container = container
 
     def locate(self, stored: StoredTensor) -> tuple[int, tuple[int, ...]]:
         """The byte offset of a stored tensor, and its strides."""
-        entry = containers.index(self._root / stored.file).entries[stored.key]
+        entry = containers.index(self._container, self._root, stored.file).entries[stored.key]
         return entry.offset, entry.strides
 
 
@@ -207,25 +206,18 @@ def manifest(body: Mapping[str, object]) -> bytes:
     return common.dump_json({**record, "crc32": isal_zlib.crc32(common.dump_json(record))})
 
 
-def carried(source: Path, known: Sequence[str], kept_at_root: Sequence[str]) -> dict[str, Path]:
-    """Small files of the source to carry along, by their name in the target.
-
-    `known` are those that some format gives a meaning; `kept_at_root` those that mean the same in
-    the target.
-    """
-    found: dict[str, Path] = {}
-    for folder in (source, source / common.ASSETS):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            legal = path.name.upper().startswith(LEGAL_TEXTS)
-            if (
-                not (path.name in known or legal)
-                or not path.is_file()
-                or path.stat().st_size > MAX_ASSET_BYTES
-            ):
-                continue
-            root = path.name in kept_at_root or legal
-            found.setdefault(path.name if root else f"{common.ASSETS}/{path.name}", path)
-    return found
+def write_pieces(path: Path, pieces: Iterable[bytes], *, fsync: bool) -> dict[str, object]:
+    """Write a file piece by piece; its record for the manifest."""
+    position, crc = 0, 0
+    create(path, 0, ())
+    files = Files(path.parent, os.O_WRONLY)
+    for piece in filter(None, pieces):
+        files.write(path.name, position, [memoryview(piece)])
+        position, crc = position + len(piece), isal_zlib.crc32(piece, crc)
+    files.close()
+    if fsync:
+        sync(path)
+    return file_record([Extent(0, position, "header", crc)])
 
 
 def write_texts(data: Path, texts: Mapping[str, bytes], *, fsync: bool) -> None:

@@ -6,7 +6,7 @@ here, except what only the files of a checkpoint can tell.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -30,11 +30,13 @@ from reshard.topologies import (
 
 MAX_TIMEOUT = 1e7
 TEXT_KEYS = frozenset(
-    f"{side}.{key}" for side in ("src", "dst") for key in ("topology", "path", "model", "like")
+    f"{side}.{key}"
+    for side in ("src", "dst")
+    for key in ("topology", "path", "model", "like", "assets")
 )
 # Keys that every format knows; the others are named by the formats.
 COMMON_KEYS = {
-    "src": ("topology", "format", "mesh", "path", "model", "replicas"),
+    "src": ("topology", "format", "mesh", "path", "model", "replicas", "assets"),
     "dst": ("topology", "format", "mesh", "path", "dtype", "like"),
 }
 DTYPES = {
@@ -45,6 +47,13 @@ DTYPES = {
     "f16": torch.float16,
     "float32": torch.float32,
     "f32": torch.float32,
+}
+CHOICES = {
+    "dtype": tuple(DTYPES),
+    "embedding_dim": ("auto", "0", "1"),
+    "rope": ("auto", "interleaved", "half"),
+    "keys": ("current", "older"),
+    "wrapper": ("model", "none"),
 }
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -72,6 +81,9 @@ class TopologyConfig:
     max_shard_size: str = "5GB"
     rope_interleaved: bool | None = None
     vocab_multiple: int | None = None
+    rope: str = "auto"
+    keys: str = "current"
+    wrapper: str = "model"
 
 
 @dataclass
@@ -81,6 +93,7 @@ class SourceConfig(TopologyConfig):
     replicas: str = "first"
     tied: bool | None = None
     rope_factor: float | None = None
+    assets: str | None = None
 
 
 @dataclass
@@ -100,6 +113,7 @@ class EngineConfig:
     backend: str = "auto"
     timeout: float = 1800.0
     fsync: bool = True
+    require_complete: bool = False
 
 
 @dataclass
@@ -113,7 +127,7 @@ class Schema:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One checked side of a job. `format` None: to be detected in `path`.
+    """One checked side of a job. `format` None: to be detected in `path`, as one of `among`.
 
     `given` are the keys that not every format knows and that are not as by default.
     """
@@ -123,6 +137,7 @@ class Side:
     options: Options
     dtype: torch.dtype | None
     given: frozenset[str] = frozenset()
+    among: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +150,7 @@ class Engine:
     backend: str
     timeout: float
     fsync: bool
+    require_complete: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +267,7 @@ def _checked(schema: Schema) -> JobConfig:
         )
     if not 0 < engine.timeout <= MAX_TIMEOUT:
         raise ConfigError(f"engine.timeout: {engine.timeout:g} is not a time in seconds")
-    source = _side(schema.src, "src", tied=schema.src.tied, rope_factor=schema.src.rope_factor)
-    target = _side(schema.dst, "dst")
+    source, target = _side(schema.src, "src"), _side(schema.dst, "dst")
     return JobConfig(
         source,
         target,
@@ -263,6 +278,7 @@ def _checked(schema: Schema) -> JobConfig:
             engine.backend,
             engine.timeout,
             engine.fsync,
+            engine.require_complete,
         ),
         schema.src.replicas == "strict",
         Path(schema.dst.like) if schema.dst.like else None,
@@ -274,12 +290,10 @@ def _one_of(key: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(f"{key}: `{value}`: {near(value, known)}")
 
 
-def _side(
-    config: TopologyConfig, name: str, tied: bool | None = None, rope_factor: float | None = None
-) -> Side:
+def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
     """One side, its strings parsed."""
-    _one_of(f"{name}.dtype", config.dtype, tuple(DTYPES))
-    _one_of(f"{name}.embedding_dim", config.embedding_dim, ("auto", "0", "1"))
+    for key, known in CHOICES.items():
+        _one_of(f"{name}.{key}", getattr(config, key), known)
     if config.vocab_multiple is not None and config.vocab_multiple < 1:
         raise ConfigError(
             f"{name}.vocab_multiple: {config.vocab_multiple} is not a positive number"
@@ -293,12 +307,31 @@ def _side(
         max_shard_bytes=parse_size(config.max_shard_size, f"{name}.max_shard_size"),
         rope_interleaved=config.rope_interleaved,
         vocab_multiple=config.vocab_multiple,
-        tied=tied,
-        rope_factor=rope_factor,
         model=read_model(config.model) if config.model else None,
+        rope=None if config.rope == "auto" else config.rope,
+        keys=config.keys,
+        wrapper=config.wrapper,
     )
+    if isinstance(config, SourceConfig):
+        assets = Path(config.assets).expanduser() if config.assets else None
+        options = replace(
+            options, tied=config.tied, rope_factor=config.rope_factor, assets=_folder(assets)
+        )
     path = Path(config.path).expanduser() if config.path else None
     plain = type(config)()
     given = [item.name for item in fields(config) if item.name not in COMMON_KEYS[name]]
     changed = frozenset(key for key in given if getattr(config, key) != getattr(plain, key))
-    return Side(config.format, path, options, DTYPES[config.dtype], changed)
+    # A topology may leave the choice between formats to the files: "fsdp|titan".
+    among = tuple(config.format.split("|")) if config.format else ()
+    only = among[0] if len(among) == 1 else None
+    return Side(only, path, options, DTYPES[config.dtype], changed, among)
+
+
+def _folder(assets: Path | None) -> Path | None:
+    """The directory of src.assets, which must be one."""
+    if assets is not None and not assets.is_dir():
+        raise ConfigError(
+            f"src.assets: `{assets}` is not a directory; name one with a model's config.json and "
+            "tokenizer"
+        )
+    return assets

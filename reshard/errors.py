@@ -29,6 +29,10 @@ class StorageError(ReshardError):
     """Reading, writing or publishing failed in a way that trying again may mend."""
 
 
+class IncompleteError(ReshardError):
+    """A target would lack small files that the job was told to require."""
+
+
 class PeerError(ReshardError):
     """Another rank failed, died, or stopped making progress."""
 

@@ -1,11 +1,11 @@
-"""Boxes, strided windows on flat buffers, and how shards cut a parameter: the one idea. Pure.
+"""Boxes, and strided windows on flat buffers: the one idea. Pure.
 
 A stored tensor is a flat buffer in a file. Each of its windows is a strided view of that buffer
 which lies on a box (region) of one logical parameter. Resharding is: intersect boxes, copy windows.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,86 +102,6 @@ class Window:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How `parts` shards share `size` rows or columns of `dim`: `step` each, the last maybe fewer.
-
-    With `copies` > 1, that many consecutive shards hold the same rows. This is `torch.chunk`'s rule
-    where `step` is rounded up, the exact division of tensor parallelism where it is not.
-    """
-
-    dim: int
-    size: int
-    step: int
-    parts: int = 1
-    copies: int = 1
-
-    def bounds(self, shard: int) -> tuple[int, int]:
-        """The half-open range that `shard` holds; empty where the rows ran out."""
-        start = min(self.size, shard // self.copies * self.step)
-        return start, min(self.size, start + self.step)
-
-    def shards(self, start: int, stop: int) -> range:
-        """The shards that hold any of `[start, stop)`."""
-        first, last = start // self.step, (stop - 1) // self.step
-        return range(first * self.copies, min(self.parts, (last + 1) * self.copies))
-
-
-def uncut(size: int, copies: int = 1) -> Cut:
-    """All rows in each of `copies` shards."""
-    return Cut(0, size, max(size, 1), parts=copies, copies=copies)
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """The geometry of one parameter in the shards of a stored tensor, without a name or a file.
-
-    A shard's part of the parameter begins at element `offset` of the stored tensor and is row-major
-    there. `stored` is the stored tensor's shape where it is more than that part (fused or padded).
-    `interleaved` rows of a head are stored first half and second half in turn, as Meta's RoPE pairs
-    them.
-    """
-
-    shape: tuple[int, ...]
-    cut: Cut
-    stored: tuple[int, ...] | None = None
-    offset: int = 0
-    interleaved: int = 0
-
-    def region(self, shard: int) -> Region:
-        """The box of the parameter that `shard` holds."""
-        start, stop = [0] * len(self.shape), list(self.shape)
-        start[self.cut.dim], stop[self.cut.dim] = self.cut.bounds(shard)
-        return Region(tuple(start), tuple(stop))
-
-    def stored_shape(self, shard: int) -> tuple[int, ...]:
-        """The shape of the stored tensor that holds `shard`."""
-        return self.stored or self.region(shard).shape
-
-    def windows(self, shard: int, region: Region) -> tuple[Window, ...]:
-        """The windows of the stored tensor of `shard` on `region`; none where they do not meet."""
-        held = self.region(shard)
-        common = held & region
-        if common is None:
-            return ()
-        plain = Window(held, self.offset, row_major(held.shape))
-        if not self.interleaved:
-            return (plain.narrow(common),)
-        return tuple(
-            window.narrow(part)
-            for window in self._half_heads(plain, common)
-            if (part := window.region & common) is not None
-        )
-
-    def _half_heads(self, plain: Window, common: Region) -> Iterator[Window]:
-        """Both halves of each head that `common` touches, each on every second stored row."""
-        head, half, row = self.interleaved, self.interleaved // 2, plain.strides[0]
-        origin = plain.region.start[0]
-        strides = (2 * row, *plain.strides[1:])
-        for first in range(common.start[0] // head * head, common.stop[0], head):
-            for part in (0, 1):
-                start = (first + part * half, *plain.region.start[1:])
-                stop = (first + part * half + half, *plain.region.stop[1:])
-                yield Window(
-                    Region(start, stop), plain.offset + (first - origin + part) * row, strides
-                )
+def item_name(key: str, start: Sequence[int]) -> str:
+    """The name of one box of a tensor, where a file holds boxes under names of their own."""
+    return f"{key}[{', '.join(map(str, start))}]"

@@ -5,14 +5,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard import formats
+from reshard import assets, formats
+from reshard.assets import Readiness
 from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.formats import common
 from reshard.formats.options import Options, Scan
-from reshard.report import size_text
+from reshard.units import size_text
 
 STEP_BYTES = 4 << 20
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+CONFIGS = (common.CONFIG, "params.json", "model_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +76,23 @@ def _facts(scan: Scan) -> dict[str, object]:
         "rope": _rope(scan),
         "assumed": list(scan.assumed),
         "left_behind": list(scan.left_behind),
-        "missing": _missing(scan),
+        "ready": list(_readiness(scan).ready),
+        "missing": list(_readiness(scan).missing),
         "manifest": _has_manifest(scan),
     }
 
 
 def _lines(scan: Scan) -> list[str]:
     """The same in sentences."""
-    model = scan.model
     return [
-        f"  family      {model.model_type}: {model.layers} layers, width {model.hidden}, "
-        f"{model.heads} heads, {model.kv_heads} key-value heads, "
-        f"feed-forward {model.intermediate}, vocabulary {model.vocab}",
+        f"  family      {scan.model.describe()}",
         f"  mesh        {_mesh(scan)}",
         f"  weights     {_parameters(scan):,} parameters, {size_text(scan.layout.total_bytes())} "
         f"in {len(scan.layout.files)} files, {', '.join(_dtypes(scan))}, "
-        f"{'tied' if model.tied else 'untied'}",
+        f"{'tied' if scan.model.tied else 'untied'}",
         f"  rotary      {_rope(scan)}",
-        f"  missing     {', '.join(_missing(scan)) or 'nothing'}",
+        f"  ready       {', '.join(_readiness(scan).ready) or 'no small files'}",
+        f"  missing     {', '.join(_readiness(scan).missing) or 'nothing'}",
         f"  manifest    {'yes: verify checks every byte' if _has_manifest(scan) else 'no'}",
         *(f"  assumed     {line}" for line in scan.assumed),
         *(f"  left alone  {line}" for line in scan.left_behind),
@@ -117,8 +117,20 @@ def _rope(scan: Scan) -> str:
     return "interleaved rows" if interleaved else "half rows"
 
 
-def _missing(scan: Scan) -> list[str]:
-    return [] if any((scan.root / name).exists() for name in TOKENIZERS) else ["tokenizer"]
+def _readiness(scan: Scan) -> Readiness:
+    """The small files that lie around the weights, and what is missing."""
+    names = [
+        name
+        for folder in dict.fromkeys((scan.root, *scan.folders, *_asked(scan)))
+        for name in assets.present(folder, {*formats.asset_names(), *CONFIGS})
+    ]
+    record = scan.model.to_json().get("config")
+    needed = formats.named(scan.format).NEEDED
+    return assets.readiness(names, needed, record if isinstance(record, dict) else {})
+
+
+def _asked(scan: Scan) -> tuple[Path, ...]:
+    return () if scan.options.assets is None else (scan.options.assets,)
 
 
 def _has_manifest(scan: Scan) -> bool:

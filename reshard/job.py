@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,11 +36,13 @@ def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], No
     scan = prepared.scan
     if scan is None:
         raise ConfigError("src.path: which checkpoint? give src.path=DIR")
-    require_apart(scan.root, config.target.path)
+    workspace = Workspace.of(config.target.path, prepared.target_format.FOLDER)
+    require_apart(scan.root, workspace.target)
     ranks.together(lambda: common.check_headers(scan, scan.layout.files[ranks.rank :: ranks.world]))
     plan = prepared.plan(ranks.world)
     capacity = ranks.together(lambda: round_bytes(config.engine.memory, plan))
     digest = job_digest(prepared, plan)
+    workspace = replace(workspace, digest=digest)
     ranks.agree("plan", f"{plan.digest(digest)} {capacity} {config.strict_replicas}")
     for line in prepared.notes if ranks.rank == 0 else ():
         say(line)
@@ -49,7 +51,7 @@ def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], No
         scan,
         plan,
         ranks,
-        Workspace(config.target.path, digest),
+        workspace,
         capacity,
         say,
         begun,
@@ -103,6 +105,7 @@ class _Run:
         size = commit.TargetPlaces(self.plan.target).size()
         state = self.workspace.begin(force=force)
         if state is not State.DONE:
+            self.prepared.target_format.check_place(path.parent)
             require_space(path.parent, size, allocated_bytes(self.workspace.data))
             self.workspace.make()
         return state
@@ -137,7 +140,7 @@ class _Run:
             self.plan,
             ranks.rank,
             capacity=self.capacity,
-            source=(reading, commit.SourcePlaces(self.scan.root)),
+            source=(reading, commit.SourcePlaces(self.scan.root, self.scan.layout.container)),
             target=(writing, places),
             exchange=ranks if crossing else None,
             journal=records,
@@ -189,9 +192,12 @@ class _Run:
         found = [check for part in self.ranks.gather(checks) for check in part]
         found.sort(key=lambda check: (place[check.parameter], check.region.start, check.of))
         root, strict = self.scan.root, self.prepared.config.strict_replicas
+        container = self.scan.layout.container
         try:
             warnings = self.ranks.together(
-                lambda: compare(found, root, strict=strict) if self.ranks.rank == 0 else []
+                lambda: (
+                    compare(found, root, container, strict=strict) if self.ranks.rank == 0 else []
+                )
             )
         except CheckpointError:
             if self.ranks.rank == 0:
@@ -213,7 +219,7 @@ class _Run:
         small = 0
         if ranks.rank == 0:
             small = self._publish(
-                {name: record for part in parts for name, record in part.items()}, fsync
+                places, {name: record for part in parts for name, record in part.items()}, fsync
             )
         ranks.barrier("published")
         return small
@@ -239,10 +245,19 @@ class _Run:
             records[file] = commit.file_record(extents)
         return records
 
-    def _publish(self, records: dict[str, dict[str, object]], fsync: bool) -> int:
+    def _publish(
+        self, places: commit.TargetPlaces, records: dict[str, dict[str, object]], fsync: bool
+    ) -> int:
         """Write the small files and the manifest, and give the directory its name."""
         prepared = self.prepared
         texts = small_files(prepared, self.scan)
+        closing = prepared.target_format.closing_files(
+            prepared.target, prepared.target_options, places.skeleton
+        )
+        closed = {
+            name: commit.write_pieces(self.workspace.data / name, pieces, fsync=fsync)
+            for name, pieces in closing.items()
+        }
         body = {
             "job": self.workspace.digest,
             "source": {
@@ -250,13 +265,18 @@ class _Run:
                 "files": len(prepared.source.files),
                 "bytes": prepared.source.total_bytes(),
             },
-            "target": {"layout": prepared.target.name, "format": prepared.target_format.NAME},
+            "target": {
+                "layout": prepared.target.name,
+                "format": prepared.target_format.NAME,
+                "declared": prepared.target_format.declared(prepared.target_options),
+            },
             "model": prepared.target_model.to_json(),
             "notes": list(prepared.notes),
             "left_behind": list(self.scan.left_behind),
             "libraries": library_versions(),
             "files": {
                 **records,
+                **closed,
                 **{name: commit.small_record(data) for name, data in texts.items()},
             },
         }
@@ -265,7 +285,8 @@ class _Run:
         if fsync:
             commit.sync_directories(self.workspace.data)
         self.workspace.publish(fsync=fsync)
-        return sum(map(len, texts.values()))
+        listed = sum((self.workspace.target / name).stat().st_size for name in closed)
+        return listed + sum(map(len, texts.values()))
 
     def _report(
         self, state: State, seconds: dict[str, float], counters: Counters, warnings: list[str]
@@ -285,6 +306,7 @@ class _Run:
             purpose=self.prepared.target_format.purpose(self.prepared.target_options),
             notes=self.prepared.notes,
             warnings=warnings,
+            readiness=self.prepared.readiness(),
         )
 
 

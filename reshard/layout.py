@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 
 from reshard.errors import LayoutError
-from reshard.geometry import Placement, Region, Window, whole
+from reshard.geometry import Region, Window, item_name, whole
+from reshard.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,9 @@ class Slot:
     """One place of one parameter in a checkpoint: a stored tensor per shard of its placement.
 
     `file` is a template with `{shard}`. Shard `s` belongs to the mesh coordinate `coordinate + s`.
-    Copies of a parameter must agree to the bit where `strict`; where not, the first one is taken.
+    Where a checkpoint that exists decides them, `spread` has the file and the coordinate of each
+    shard instead. `boxed` keys are those of a tensor that its files hold box by box. Copies of a
+    parameter must agree to the bit where `strict`; where not, the first one is taken.
     """
 
     parameter: str
@@ -49,6 +52,23 @@ class Slot:
     dtype: torch.dtype
     coordinate: int = 0
     strict: bool = True
+    boxed: bool = False
+    spread: tuple[tuple[str, int], ...] = ()
+
+    def file_of(self, shard: int) -> str:
+        """The file that holds `shard`."""
+        return self.spread[shard][0] if self.spread else self.file.format(shard=shard)
+
+    def key_of(self, shard: int) -> str:
+        """The key of `shard` in its file."""
+        if not self.boxed:
+            return self.key
+        scalar = self.placement.stored == ()
+        return item_name(self.key, () if scalar else self.placement.box(shard).start)
+
+    def coordinate_of(self, shard: int) -> int:
+        """The mesh coordinate that `shard` belongs to."""
+        return self.spread[shard][1] if self.spread else self.coordinate + shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +160,8 @@ class Layout:
         """For each file, in order: the template it is named by, and its shard."""
         parts: dict[str, int] = {}
         for slot in self.slots:
-            parts[slot.file] = max(parts.get(slot.file, 0), slot.placement.cut.parts)
+            if not slot.spread:
+                parts[slot.file] = max(parts.get(slot.file, 0), slot.placement.cut.parts)
         return {
             template.format(shard=shard): (template, shard)
             for template, count in parts.items()
@@ -155,22 +176,40 @@ class Layout:
         return table
 
     @cached_property
+    def _spread(self) -> Mapping[str, list[tuple[Slot, int]]]:
+        """The shards in each file that no template names."""
+        table: dict[str, list[tuple[Slot, int]]] = {}
+        for slot in self.slots:
+            for shard, (file, _) in enumerate(slot.spread):
+                table.setdefault(file, []).append((slot, shard))
+        return table
+
+    def members(self, file: str) -> Iterator[tuple[Slot, int]]:
+        """The shards in `file`, each with its slot."""
+        yield from self._spread.get(file, ())
+        if file in self._shards_of:
+            template, shard = self._shards_of[file]
+            for slot in self._slots_by_template[template]:
+                if not slot.spread and shard < slot.placement.cut.parts:
+                    yield slot, shard
+
+    @cached_property
     def files(self) -> tuple[str, ...]:
         """Every file that holds a stored tensor, in a fixed order."""
-        return tuple(
-            dict.fromkeys([*self._shards_of, *(constant.file for constant in self.constants)])
-        )
+        constants = (constant.file for constant in self.constants)
+        return tuple(dict.fromkeys([*self._shards_of, *self._spread, *constants]))
 
     def contents(self, file: str) -> tuple[Content, ...]:
         """The stored tensors of `file`, in the order in which a writer lays them out."""
-        template, shard = self._shards_of[file]
         covered: dict[str, int] = {}
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for slot in self._slots_by_template[template]:
-            if shard >= slot.placement.cut.parts:
+        for slot, shard in self.members(file):
+            shape = slot.placement.stored_shape(shard)
+            if slot.boxed and not math.prod(shape):
                 continue
-            tensors[slot.key] = (slot.dtype, slot.placement.stored_shape(shard))
-            covered[slot.key] = covered.get(slot.key, 0) + slot.placement.region(shard).numel
+            key, held = slot.key_of(shard), slot.placement.regions(shard)
+            tensors[key] = (slot.dtype, shape)
+            covered[key] = covered.get(key, 0) + sum(region.numel for region in held)
         made = [
             Content(key, dtype, shape, math.prod(shape) - covered[key])
             for key, (dtype, shape) in tensors.items()
@@ -179,30 +218,33 @@ class Layout:
 
     def header(self, file: str) -> Mapping[str, str]:
         """The metadata in the header of `file`."""
-        return self.metadata(*self._shards_of[file])
+        return self.metadata(*self._shards_of.get(file, (file, 0)))
 
     def tensors_on(self, parameter: str, region: Region) -> Iterator[StoredTensor]:
         """Every stored tensor that holds a part of `region`, with its windows on it.
 
         The tensors with `copy` 0 tile the region; the others hold parts of it again.
         """
-        for place, slot in enumerate(self.places[parameter]):
-            cut = slot.placement.cut
-            for shard in cut.shards(region.start[cut.dim], region.stop[cut.dim]):
-                common = slot.placement.region(shard) & region
-                if common is None:
-                    continue
-                yield StoredTensor(
-                    file=slot.file.format(shard=shard),
-                    key=slot.key,
-                    dtype=slot.dtype,
-                    shape=slot.placement.stored_shape(shard),
-                    coordinate=slot.coordinate + shard,
-                    region=common,
-                    slot=slot,
-                    shard=shard,
-                    copy=place * cut.copies + shard % cut.copies,
-                )
+        before = 0
+        for slot in self.places[parameter]:
+            copies = slot.placement.cut.copies
+            for shard in slot.placement.shards(region):
+                for held in slot.placement.regions(shard):
+                    common = held & region
+                    if common is None:
+                        continue
+                    yield StoredTensor(
+                        file=slot.file_of(shard),
+                        key=slot.key_of(shard),
+                        dtype=slot.dtype,
+                        shape=slot.placement.stored_shape(shard),
+                        coordinate=slot.coordinate_of(shard),
+                        region=common,
+                        slot=slot,
+                        shard=shard,
+                        copy=before + shard % copies,
+                    )
+            before += copies
 
     def total_bytes(self) -> int:
         """Bytes of all stored tensors, padding and constants included."""

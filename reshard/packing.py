@@ -13,7 +13,8 @@ from itertools import product
 
 import torch
 
-from reshard.geometry import Placement, Region, Window, row_major
+from reshard.geometry import Region, Window, row_major
+from reshard.placement import Placement
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -29,18 +29,16 @@ WRITERS = ("nearest", "owner")
 
 @lru_cache(maxsize=256)
 def row_bounds(
-    rows: int, rows_per_block: int, grain: int, cuts: frozenset[tuple[int, int]]
+    rows: int, rows_per_block: int, grain: int, cuts: frozenset[Sequence[int]]
 ) -> tuple[int, ...]:
     """Where the blocks of a parameter begin, and where it ends.
 
     A block has at most `rows_per_block` rows, a multiple of `grain`. It ends where a shard of
-    either layout ends (`cuts`: step and size of cuts along dim 0), so that its rows have one home,
+    either layout ends (`cuts`: the rows at which shards begin), so that its rows have one home,
     unless that would cut a head.
     """
-    edges = {0, rows}
-    for step, size in cuts:
-        edges.update(edge for edge in range(step, min(size, rows), step) if edge % grain == 0)
-    ordered = sorted(edges)
+    edges = {edge for cut in cuts for edge in cut if edge < rows and edge % grain == 0}
+    ordered = sorted(edges | {0, rows})
     bounds = [0]
     for start, stop in pairwise(ordered):
         units = -(-(stop - start) // grain)
@@ -119,15 +117,11 @@ class Plan:
         """The rows at which the blocks of `parameter` begin, and its end."""
         slots = self.source.places[parameter] + self.target.places[parameter]
         shape = slots[0].placement.shape
-        row_numel = whole(shape[1:]).numel
+        row_numel = max(1, whole(shape[1:]).numel)
         itemsize = max(slot.dtype.itemsize for slot in slots)
         grain = max(1, *(slot.placement.interleaved for slot in slots))
         rows = max(1, self.block_bytes // (row_numel * itemsize) // grain) * grain
-        cuts = frozenset(
-            (slot.placement.cut.step, slot.placement.cut.size)
-            for slot in slots
-            if slot.placement.cut.dim == 0
-        )
+        cuts = frozenset(slot.placement.edges() for slot in slots)
         return row_bounds(shape[0], rows, grain, cuts)
 
     def blocks(self, parameter: str) -> Iterator[Block]:
@@ -224,7 +218,7 @@ class Plan:
         stages: dict[int, list[tuple[int, str]]] = {}
         totals: dict[int, int] = {}
         for name, (read, _) in zip(self.names, self._volumes, strict=True):
-            stage = self.source.places[name][0].coordinate
+            stage = self.source.places[name][0].coordinate_of(0)
             totals[stage] = totals.get(stage, 0) + read
             stages.setdefault(stage, []).append((totals[stage], name))
         keyed = [
@@ -236,13 +230,13 @@ class Plan:
 
     def _shards_in_turn(self, parameter: str) -> list[Block]:
         """The blocks of a parameter, one of each source shard in turn, to keep all readers busy."""
-        cut = self.source.places[parameter][0].placement.cut
-        if cut.dim != 0 or cut.parts == cut.copies:
+        placement = self.source.places[parameter][0].placement
+        if len(placement.edges()) == 1:
             return list(self.blocks(parameter))
         seen: dict[int, int] = {}
         keyed = []
         for block in self.blocks(parameter):
-            shard = block.region.start[0] // cut.step
+            shard = next(iter(placement.shards(block.region)))
             seen[shard] = seen.get(shard, 0) + 1
             keyed.append((seen[shard], shard, block))
         return [block for *_, block in sorted(keyed, key=lambda item: item[:2])]
@@ -303,12 +297,17 @@ class Plan:
             rank = first * self.world // self._starts[-1]
             alone = rank == last * self.world // self._starts[-1]
             return (rank, _geometry(slots[0]), _geometry(slots[1])) if alone else None
-        return self._turn(name), slots[0][0].coordinate, _geometry(slots[0]), _geometry(slots[1])
+        return (
+            self._turn(name),
+            slots[0][0].coordinate_of(0),
+            _geometry(slots[0]),
+            _geometry(slots[1]),
+        )
 
     def _turn(self, name: str) -> object:
         """Where a parameter's blocks begin in the turns of ranks, and where its owners begin."""
         period = math.lcm(TIE_PERIOD, *(len(ranks) for ranks in (*self.readers, *self.owners)))
-        home = self.target.places[name][0].coordinate if self.writers == "owner" else None
+        home = self.target.places[name][0].coordinate_of(0) if self.writers == "owner" else None
         return self._ordinals[self._number[name]] % period, home
 
     def least_capacity(self, align: int) -> int:
@@ -319,7 +318,7 @@ class Plan:
             # Nearest writers turn with the ranks, so only ties tell blocks of one shape apart.
             turn: object = self._ordinals[self._number[name]] % TIE_PERIOD
             if self.writers == "owner":
-                turn = self._turn(name), slots[0][0].coordinate
+                turn = self._turn(name), slots[0][0].coordinate_of(0)
             alike[turn, _geometry(slots[0]), _geometry(slots[1])] = name
         return max(
             load.largest()
@@ -344,17 +343,20 @@ class Plan:
 
 def _geometry(slots: Sequence[Slot]) -> object:
     """The places of a parameter without their names."""
+    home = slots[0].coordinate_of(0)
     return tuple(
-        (slot.placement, slot.dtype, slot.coordinate - slots[0].coordinate) for slot in slots
+        (
+            slot.placement,
+            slot.dtype,
+            tuple(place - home for _, place in slot.spread) or slot.coordinate - home,
+        )
+        for slot in slots
     )
 
 
 def _volume(slots: Sequence[Slot]) -> int:
     """Bytes of all places of one parameter."""
-    total = 0
-    for slot in slots:
-        cut = slot.placement.cut
-        elsewhere = whole(slot.placement.shape).numel // max(cut.size, 1)
-        sizes = (stop - start for start, stop in map(cut.bounds, range(cut.parts)))
-        total += sum(sizes) * elsewhere * slot.dtype.itemsize
-    return total
+    return sum(
+        whole(slot.placement.shape).numel * slot.placement.cut.copies * slot.dtype.itemsize
+        for slot in slots
+    )

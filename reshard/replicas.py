@@ -16,7 +16,7 @@ from reshard.storage import read_bytes
 Pair = tuple[Check, Check]
 
 
-def compare(checks: Sequence[Check], root: Path, *, strict: bool) -> list[str]:
+def compare(checks: Sequence[Check], root: Path, container: str, *, strict: bool) -> list[str]:
     """Warnings on copies that differ where they may; where they must not, a CheckpointError.
 
     `strict` refuses any difference. Differences are measured by reading the differing tensors
@@ -29,7 +29,7 @@ def compare(checks: Sequence[Check], root: Path, *, strict: bool) -> list[str]:
     if not pairs:
         return []
     tensors = {(copy.stored.file, copy.stored.key) for _, copy in pairs}
-    largest = max(difference(root, first, copy) for first, copy in pairs)
+    largest = max(difference(root, container, first, copy) for first, copy in pairs)
     names = {copy.stored.key for _, copy in pairs}
     first = pairs[0][1].stored
     return [
@@ -67,15 +67,15 @@ def _refusal(pairs: Sequence[Pair], *, strict: bool) -> str:
     return f"{what} ({len(pairs)} such differences); {remedy}"
 
 
-def difference(root: Path, first: Check, copy: Check) -> float:
+def difference(root: Path, container: str, first: Check, copy: Check) -> float:
     """The largest absolute difference between two copies of a box; NaN where either holds one."""
-    one, other = (_values(root, check.stored, check.region) for check in (first, copy))
+    one, other = (_values(root, container, check.stored, check.region) for check in (first, copy))
     return float((one - other).abs().max())
 
 
-def _values(root: Path, stored: StoredTensor, box: Region) -> torch.Tensor:
+def _values(root: Path, container: str, stored: StoredTensor, box: Region) -> torch.Tensor:
     """The values of a box of a stored tensor, as float32."""
-    entry = containers.index(root / stored.file).entries[stored.key]
+    entry = containers.index(container, root, stored.file).entries[stored.key]
     odd = entry.strides if entry.strides != row_major(entry.shape) else None
     part = packed(stored.slot.placement, stored.shard, box, odd)
     size = entry.dtype.itemsize

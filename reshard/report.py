@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from reshard.assets import Readiness
 from reshard.engine import Counters
 from reshard.moves import Load
 from reshard.plan import Plan
+from reshard.units import size_text
 
 if TYPE_CHECKING:
     from reshard.prepare import Prepared
@@ -28,15 +30,6 @@ def memory_of(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes as a person reads them."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:,.1f} TB" if nbytes >= 1000 else f"{nbytes:.3g} TB"
 
 
 class Progress:
@@ -107,6 +100,7 @@ class Report:
     purpose: str
     notes: Sequence[str]
     warnings: Sequence[str]
+    readiness: Readiness
 
     def to_json(self) -> str:
         """The report file. The bounds are those of the plan, not of what was done."""
@@ -139,6 +133,8 @@ class Report:
             "blocks": plan.block_count(),
             "notes": list(self.notes),
             "warnings": list(self.warnings),
+            "ready": list(self.readiness.ready),
+            "missing": list(self.readiness.missing),
         }
         return json.dumps(record, indent=2) + "\n"
 
@@ -168,9 +164,7 @@ def plan_lines(prepared: "Prepared", plan: Plan, memory: int, least: int) -> lis
     lines = [
         f"{source.name} ({len(source.files)} files, {source_bytes}) -> "
         f"{target.name} ({len(target.files)} files, {target_bytes})",
-        f"model: {model.model_type}, {model.layers} layers, width {model.hidden}, "
-        f"{model.heads} heads, {model.kv_heads} key-value heads, vocabulary {model.vocab}, "
-        f"{model.dtype}{', tied' if model.tied else ''}",
+        f"model: {model.describe()}, {model.dtype}{', tied' if model.tied else ''}",
         *prepared.notes,
         f"{plan.world} ranks, exchange {plan.exchange}, writers {writers}; "
         f"{plan.block_count():,} blocks of up to {size_text(plan.block_bytes)}",
@@ -189,6 +183,8 @@ def plan_lines(prepared: "Prepared", plan: Plan, memory: int, least: int) -> lis
         f"bounds: read {source_bytes} (each byte once), crossing {size_text(everything.sent)}, "
         f"written {target_bytes}; balance read {read_balance:.3f}, write {write_balance:.3f}"
     )
+    if prepared.scan is not None:
+        lines.append(prepared.readiness().line())
     return [*lines, "", *feeding_lines(plan)]
 
 
@@ -203,15 +199,13 @@ def feeding_lines(plan: Plan) -> list[str]:
     feeds: dict[str, dict[str, None]] = {file: {} for file in shown}
     for slot in plan.target.slots:
         for shard in range(slot.placement.cut.parts):
-            file = slot.file.format(shard=shard)
-            if file in feeds:
-                region = slot.placement.region(shard)
-                if region.numel:
-                    feeds[file] |= {
-                        stored.file: None
-                        for stored in plan.source.tensors_on(slot.parameter, region)
-                        if stored.copy == 0
-                    }
+            file = slot.file_of(shard)
+            for region in slot.placement.regions(shard) if file in feeds else ():
+                feeds[file] |= {
+                    stored.file: None
+                    for stored in plan.source.tensors_on(slot.parameter, region)
+                    if stored.copy == 0
+                }
     lines = [f"{file} <- {_some(list(sources))}" for file, sources in feeds.items()]
     more = len(plan.target.files) - len(shown)
     return [*lines, f"... and {more:,} more files"] if more else lines

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from reshard import formats
 from reshard.errors import ConfigError, ReshardError
-from reshard.families.model import Json, ModelConfig, from_hf
+from reshard.families import Model
+from reshard.families.model import Json, from_hf
 from reshard.formats import common
 
 AXES = ("tp", "pp", "dp")
@@ -117,7 +118,7 @@ def numbered(name: str) -> dict[str, Json] | None:
     return {**tree, "mesh": dict.fromkeys(mesh, int(parts[0][1])) if isinstance(mesh, dict) else {}}
 
 
-def read_model(spec: str) -> ModelConfig:
+def read_model(spec: str) -> Model:
     """A model by its name in configs/models/, or by the path of a config.json."""
     path = Path(spec)
     if path.is_dir():

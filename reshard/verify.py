@@ -20,8 +20,8 @@ from reshard.formats.options import Options, Scan
 from reshard.layout import StoredTensor, check_same_parameters
 from reshard.packing import copies
 from reshard.plan import Plan
-from reshard.report import size_text
 from reshard.storage import Files, crc32_of
+from reshard.units import size_text
 
 DIFFERENCES_SHOWN = 3
 
@@ -191,7 +191,7 @@ class Side:
         self.root = scan.root
         self.files = Files(scan.root, os.O_RDONLY)
         self.buffer = Buffer(capacity)
-        self._places = SourcePlaces(scan.root)
+        self._places = SourcePlaces(scan.root, scan.layout.container)
         self._parts: list[Part] = []
 
     def load(self, wanted: Sequence[tuple[int, StoredTensor]]) -> None:

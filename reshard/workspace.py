@@ -32,10 +32,19 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The paths of one job."""
+    """The paths of one job; `stem` begins the names of what lies beside the target meanwhile."""
 
     target: Path
-    digest: str
+    stem: str
+    digest: str = ""
+
+    @classmethod
+    def of(cls, path: Path, folder: str) -> "Workspace":
+        """That of a target published at `path`, or as `folder` below it.
+
+        There, what is under way must not look like one of the folder's own directories.
+        """
+        return cls(path / folder, "reshard") if folder else cls(path, path.name)
 
     @property
     def partial(self) -> Path:
@@ -53,11 +62,11 @@ class Workspace:
         return self.partial / "journals"
 
     def _beside(self, suffix: str) -> Path:
-        return self.target.parent / f"{self.target.name}.{suffix}"
+        return self.target.parent / f"{self.stem}.{suffix}"
 
     def _others(self) -> list[Path]:
         """Partial directories of other jobs for the same target."""
-        prefix = f"{self.target.name}.partial-"
+        prefix = f"{self.stem}.partial-"
         found = [path for path in self.target.parent.iterdir() if path.name.startswith(prefix)]
         return sorted(path for path in found if path != self.partial)
 

@@ -24,6 +24,9 @@ import torch.distributed as dist
 PRELOAD = [
     "torch",
     "torch.distributed",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
     "numpy",
     "safetensors.torch",
     "pytest",

@@ -475,7 +475,7 @@ HF = {
     ),
     "a config of another family": (
         edit_json("config.json", model_type="mamba"),
-        r"model type `mamba` is not known; use one of",
+        r"meta: needs to know .* model type mamba is not known; use --dst hf or fsdpN",
     ),
     "untied without output": (
         drop_output,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,21 @@ from torch import Tensor
 from reshard import job
 from reshard.distributed import Ranks
 from reshard.plan import Plan
-from tests.oracles import hf, meta, nanotron
+from tests.oracles import dcp, hf, meta, nanotron
 from tests.oracles.compare import assert_same, bits
 from tests.oracles.models import Model, hashed, model_a, shapes, wide_model
 from tests.ranks import run_ranks
-from tests.settings import TOPOLOGIES, Job, Outcome, Ready, convert, must_convert
+from tests.settings import (
+    EVERY,
+    STEP,
+    TOPOLOGIES,
+    Job,
+    Outcome,
+    Ready,
+    beside,
+    convert,
+    must_convert,
+)
 
 REPO = Path(__file__).parents[1]
 DIRECT = "engine.exchange=direct"
@@ -95,6 +106,8 @@ def stored_tensors(path: Path, model: Model) -> Iterator[tuple[int, Tensor]]:
                     yield coordinate, tensor
     elif (path / "model").exists():
         yield from nanotron_tensors(path, model.config)
+    elif (path / ".metadata").exists() or (path / STEP).exists():
+        yield from dcp_tensors(path if (path / ".metadata").exists() else path / STEP)
     else:
         for file in path.glob("*.safetensors"):
             yield from ((0, tensor) for tensor in load_file(file).values())
@@ -109,6 +122,17 @@ def nanotron_tensors(path: Path, config: dict[str, Any]) -> Iterator[tuple[int, 
         for rank in range(tp if parameter.dim is not None else 1):
             file = path / parameter.file(stage, pp, rank, tp)
             yield stage * tp + rank, load_file(file)["data"]
+
+
+@cache
+def dcp_tensors(path: Path) -> list[tuple[int, Tensor]]:
+    """Coordinates are the ranks that files are named after."""
+    whole, boxes, found = dcp.read(path), dcp.boxes(path), []
+    for index, info in dcp.metadata(path).storage_data.items():
+        offset = tuple(index.offset)
+        place = dcp.slices((offset, dict(boxes[index.fqn])[offset]))
+        found.append((int(info.relative_path.split("_")[2]), whole[index.fqn][place]))
+    return found
 
 
 def ids(tensor: Tensor) -> Ids:
@@ -152,6 +176,13 @@ OWNED = [
     ("tp3", "pp5", 2),
     ("tp2pp2", "meta6", 2),
     ("pp5", "meta6", 3),
+    ("fsdp3", "tp2pp2", 2),
+    ("2x3", "meta2", 2),
+    ("meta2", "fsdp3", 2),
+    ("titan-3x2", "fsdp8", 2),
+    ("fsdp8", "meta3", 3),
+    ("3x2", "tp2pp2", 3),
+    ("fsdp3", "titan2tp3", 3),
 ]
 
 
@@ -163,9 +194,13 @@ def test_each_element_crosses_once_for_every_owner_elsewhere(world: int, tmp_pat
     jobs = []
     for source, target in ways:
         if not (tmp_path / source).exists():
-            TOPOLOGIES[source].write(model, tmp_path / source)
+            EVERY[source].write(model, tmp_path / source)
         place = tmp_path / f"{source}-{target}"
-        jobs.append(Job(tmp_path / source, place, target, (OWNER,), "least"))
+        spec, more = (
+            (EVERY[target].spec, EVERY[target].overrides) if target in EVERY else (target, ())
+        )
+        given = (OWNER, *EVERY[source].as_source(tmp_path / source, model), *more)
+        jobs.append(Job(tmp_path / source, place, spec, given, "least"))
     for item, report in zip(jobs, measured(world, jobs), strict=True):
         readers = first_readers(item.source, model, world, count)
         wanted = needed(item.target, model, world, count)
@@ -283,6 +318,34 @@ def test_counters_are_those_of_the_kernel(world: int, tmp_path: Path) -> None:
             assert 0 <= wrote < JOURNAL, where
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_chunks_are_read_once_whichever_dim_the_target_cuts(world: int, tmp_path: Path) -> None:
+    """Rows of a file go to all ranks of a row-parallel target, and no byte is fetched again."""
+    model = wide_model(24 << 20)
+    mapped = sum(tensor.nbytes for tensor in model.tensors.values())
+    beside(dcp.write_fsdp, model, tmp_path / "fsdp", shards=8)
+    beside(dcp.write_2d, model, tmp_path / "2d", dp=3, tp=2)
+    ways = [
+        (source, *way)
+        for source in ("fsdp", "2d")
+        for way in (("tp2pp2", NEAREST), ("meta2", OWNER), ("tp2", DIRECT))
+    ]
+    jobs = [
+        Job(tmp_path / start, tmp_path / f"{start}-{end}", end, (mode,))
+        for start, end, mode in ways
+    ]
+    for item, report in zip(jobs, measured(world, jobs), strict=True):
+        counted, direct = report["bytes"], DIRECT in item.overrides
+        assert counted["read"] == counted["read_bound"] == mapped, item
+        assert counted["exchanged"] == counted["exchanged_bound"], item
+        lacking = 0 if direct else 2 * lacking_elements(planned(item, world))
+        assert counted["exchanged"] == lacking, item
+        assert lacking > 0 or OWNER not in item.overrides
+        fetched = sum(kernel["rchar"] for kernel in report["kernel"])
+        assert 0 <= fetched - mapped < SMALL_READS * world, f"{item}: {fetched} for {mapped}"
+        assert_same(TOPOLOGIES[item.spec].read(item.target), model)
+
+
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_direct_mode_shares_the_work_evenly(world: int, tmp_path: Path) -> None:
     odd, wide = model_a(), wide_model(24 << 20)
@@ -319,9 +382,8 @@ def test_direct_mode_shares_the_work_evenly(world: int, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ memory
 
 
-def large_model() -> Model:
+def large_model(hidden: int = 2400) -> Model:
     """About 700 MiB; values repeat with a period that is a prime number."""
-    hidden = 2400
     sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "vocab_size": 8 * hidden}
     config = wide_model(2**16).config | sizes | {"head_dim": hidden // 8}
     pattern = hashed(1, 1_000_003, torch.bfloat16)
@@ -338,34 +400,52 @@ def test_memory_is_bounded_whatever_the_size_of_the_model(tmp_path: Path) -> Non
     model, memory = large_model(), 64 << 20
     assert sum(tensor.nbytes for tensor in model.tensors.values()) > 10 * memory
     meta.write(model, tmp_path / "meta", 2)
-    launched = [sys.executable, str(REPO / "launch/torchrun"), "--nproc", "2", "-m", "reshard"]
-    runs = [
-        ([sys.executable, "-m", "reshard"], NEAREST),
-        (launched, DIRECT),
-        (launched, OWNER),
-    ]
-    for command, mode in runs:
-        place, report = tmp_path / "out", tmp_path / "report.json"
-        keys = [f"src.path={tmp_path / 'meta'}", f"dst.path={place}", "engine.fsync=false"]
-        keys += [mode, f"engine.memory={memory}"]
-        environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        said = subprocess.run(
-            [*command, "--dst", "hf", *keys, "--report", str(report)],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert said.returncode == 0, said.stderr
-        found = json.loads(report.read_text())
-        assert len(found["peak_rss"]) == found["world"] == (1 if command != launched else 2)
-        for rank, peak in found["peak_rss"].items():
-            begun = found["import_rss"][rank]
-            assert 50 << 20 < begun < peak, f"{mode}: rank {rank}: {begun} then {peak}"
-            ratio = (peak - begun) / memory
-            assert ratio <= 1.10, f"{mode}: rank {rank} took {ratio:.2f} of its memory"
+    for ranks, mode in ((1, NEAREST), (2, DIRECT), (2, OWNER)):
+        place = tmp_path / "out"
+        found = within_memory(ranks, tmp_path / "meta", place, "hf", mode, memory)
         assert (found["bytes"]["exchanged"] > 0) == (mode == OWNER)
-        assert found["bytes"]["exchanged"] == found["bytes"]["exchanged_bound"]
-        assert found["bytes"]["read"] == found["bytes"]["read_bound"]
         assert_same(hf.read(place), model)
         shutil.rmtree(place)
+
+
+def within_memory(
+    ranks: int, source: Path, place: Path, target: str, mode: str, memory: int
+) -> dict[str, Any]:
+    """The report of a program of its own, no process of which took more than it was given."""
+    command = [sys.executable, "-m", "reshard"]
+    if ranks > 1:
+        launched = [str(REPO / "launch/torchrun"), "--nproc", str(ranks)]
+        command = [sys.executable, *launched, "-m", "reshard"]
+    keys = [f"src.path={source}", f"dst.path={place}", "engine.fsync=false"]
+    keys += [mode, f"engine.memory={memory}"]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    report = place.with_name("report.json")
+    said = subprocess.run(
+        [*command, "--dst", target, *keys, "--report", str(report)],
+        cwd=place.parent, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    found: dict[str, Any] = json.loads(report.read_text())
+    assert len(found["peak_rss"]) == found["world"] == ranks
+    for rank, peak in found["peak_rss"].items():
+        begun = found["import_rss"][rank]
+        assert 50 << 20 < begun < peak, f"{mode}: rank {rank}: {begun} then {peak}"
+        ratio = (peak - begun) / memory
+        assert ratio <= 1.10, f"{mode}: rank {rank} took {ratio:.2f} of its memory"
+    assert found["bytes"]["exchanged"] == found["bytes"]["exchanged_bound"]
+    assert found["bytes"]["read"] == found["bytes"]["read_bound"]
+    return found
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_where_chunks_lie_across_the_targets(tmp_path: Path) -> None:
+    model, memory = large_model(2048), 64 << 20
+    assert sum(tensor.nbytes for tensor in model.tensors.values()) >= 500 << 20
+    beside(dcp.write_fsdp, model, tmp_path / "fsdp", shards=3)
+    found = within_memory(2, tmp_path / "fsdp", tmp_path / "out", "meta2", OWNER, memory)
+    assert found["bytes"]["exchanged"] > 0
+    assert found["bytes"]["read"] == sum(tensor.nbytes for tensor in model.tensors.values())
+    assert_same(meta.read(tmp_path / "out"), model)
 
 
 # ---------------------------------------------------------------------------------------- replicas

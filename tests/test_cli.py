@@ -255,7 +255,7 @@ def test_a_plan_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert os.listdir(tmp_path) == ["src"]
 
 
-@pytest.mark.parametrize("kind", TOPOLOGIES)
+@pytest.mark.parametrize("kind", [name for name in TOPOLOGIES if name != "dcp"])
 def test_every_shipped_topology_is_a_source_and_a_target(kind: str) -> None:
     name = "llama2-7b" if kind not in ("tp2pp5", "pp10") else "llama3-70b"
     for source, target in ((kind, "hf"), ("hf", kind)):
@@ -264,6 +264,19 @@ def test_every_shipped_topology_is_a_source_and_a_target(kind: str) -> None:
             rf"{source.replace('pp10', r'tp1pp10')} .*-> {target.replace('pp10', 'tp1pp10')} ",
             found,
         ), found
+
+
+def test_a_layout_that_only_files_tell_is_a_source_with_a_path(tmp_path: Path) -> None:
+    refused(
+        tmp_path,
+        r"--src: only the files tell whether it is fsdp or titan; give src.path=DIR",
+        *("plan", "--src", "dcp", "--dst", "hf", "src.model=llama2-7b"),
+    )
+    refused(
+        tmp_path,
+        r"--dst: fsdp or titan\? name a topology of one of them",
+        *("plan", "--src", "hf", "--dst", "dcp", "src.model=llama2-7b"),
+    )
 
 
 def test_a_model_may_be_a_file(tmp_path: Path) -> None:

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard import commit, containers
-from reshard.commit import Extent, TargetPlaces, finish_file, lay_out
+from reshard import commit, containers, formats
+from reshard.commit import Extent, SourcePlaces, TargetPlaces, finish_file, lay_out
 from reshard.errors import StorageError
 from reshard.formats import common
-from reshard.geometry import Cut, Placement, uncut, whole
+from reshard.formats.options import Options
+from reshard.geometry import whole
 from reshard.journal import Record
 from reshard.layout import Layout, Slot
 from reshard.packing import packed
+from reshard.placement import Cut, Placement, uncut
 from reshard.storage import Files
 from tests.layouts import config_of, layout_of
 
@@ -28,6 +30,10 @@ LAYOUTS = {
     "safetensors": ("hf", {"max_shard_bytes": 40_000}),
     "a file per tensor": ("nanotron", {"tp": 3, "pp": 2}),
     "padded": ("nanotron", {"tp": 3, "pp": 2, "vocab_multiple": 64}),
+    "dcp": ("fsdp", {"dp": 3}),
+    "dcp with empty files": ("fsdp", {"dp": 256}),
+    "dcp with rows that cut heads": ("titan", {"dp": 5}),
+    "dcp on two axes": ("titan", {"dp": 2, "tp": 3}),
 }
 
 
@@ -198,7 +204,7 @@ def test_laying_out_writes_the_bytes_that_it_reports(tmp_path):
         if content.key != "rope.freqs"
     )
     assert written == places.size() - tensors
-    entries = containers.index(tmp_path / layout.files[0]).entries
+    entries = containers.index(layout.container, tmp_path, layout.files[0]).entries
     assert entries["rope.freqs"].shape == (3,)
     assert places.skeleton(layout.files[0]).offsets["norm.weight"] == entries["norm.weight"].offset
 
@@ -234,34 +240,56 @@ def test_the_manifest_proves_itself():
     assert commit.manifest(dict(reversed(body.items()))) == commit.manifest(body)
 
 
-def test_small_files_go_to_the_root_or_to_assets(tmp_path):
-    source, outside = tmp_path / "source", tmp_path / "outside"
-    (source / "assets").mkdir(parents=True)
-    outside.mkdir()
-    for name in ("tokenizer.model", "tokenizer.json", "LICENSE.txt", "notes.txt", "weights.pth"):
-        (source / name).write_text(name)
-    (source / "assets" / "vocab.json").write_text("kept")
-    (source / "assets" / "tokenizer.json").write_text("older")
-    (outside / "merges.txt").write_text("linked")
-    (source / "merges.txt").symlink_to(outside / "merges.txt")
-    known = ["tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "absent.json"]
-    found = commit.carried(source, known, ("tokenizer.model",))
-    assert {name: path.read_text() for name, path in found.items()} == {
-        "tokenizer.model": "tokenizer.model",
-        "assets/tokenizer.json": "tokenizer.json",
-        "LICENSE.txt": "LICENSE.txt",
-        "assets/vocab.json": "kept",
-        "assets/merges.txt": "linked",
-    }
-
-
 def test_places_of_a_layout_are_those_that_readers_find(written):
-    for file in written.layout.files:
+    layout, skeleton = written.layout, written.places.skeleton
+    for file in layout.files:
         written.finish(file)
-        if not file.endswith((".pth", ".safetensors")):
-            continue
-        entries = containers.index(written.root / file).entries
-        for content in written.layout.contents(file):
+    if layout.container == "dcpfile":
+        pieces = formats.named("fsdp").closing_files(layout, Options(wrapper="none"), skeleton)
+        for name, content in pieces.items():
+            commit.write_pieces(written.root / name, content, fsync=False)
+    found = SourcePlaces(written.root, layout.container)
+    count = 0
+    for name, slots in layout.places.items():
+        for stored in layout.tensors_on(name, whole(slots[0].placement.shape)):
+            offset, strides = found.locate(stored)
+            expected, row_major = written.places.locate(stored)
+            assert offset == expected
+            sized = [dim for dim, size in enumerate(stored.shape) if size > 1]
+            assert [strides[dim] for dim in sized] == [row_major[dim] for dim in sized]
+            count += 1
+    assert count >= len(layout.slots)
+    for file in layout.files:
+        entries = containers.index(layout.container, written.root, file).entries
+        own = {content.key for content in layout.contents(file)}
+        assert set(entries) == own
+        for content in layout.contents(file):
+            assert (entries[content.key].dtype, entries[content.key].shape) == (
+                content.dtype,
+                content.shape,
+            )
             if math.prod(content.shape):
-                offset = written.places.skeleton(file).offsets[content.key]
-                assert entries[content.key].offset == offset
+                assert entries[content.key].offset == skeleton(file).offsets[content.key]
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(min_size=1, max_size=300), max_size=6), st.binary(max_size=2000))
+def test_a_file_written_in_pieces_is_recorded_as_one(tmp_path_factory, pieces, before):
+    path = tmp_path_factory.getbasetemp() / "pieces"
+    path.write_bytes(before)
+    record = commit.write_pieces(path, iter(pieces), fsync=True)
+    data = b"".join(pieces)
+    assert path.read_bytes() == data
+    assert (record["size"], record["crc32"]) == (len(data), zlib.crc32(data))
+    assert record["extents"] == [[0, len(data), "header", zlib.crc32(data)]]
+
+
+def test_pieces_are_written_one_by_one(tmp_path):
+    """None is held back: a list of thousands of tensors is never in memory as a whole."""
+
+    def pieces():
+        for number in range(5):
+            assert (tmp_path / "list").stat().st_size == 10 * number
+            yield bytes(10)
+
+    assert commit.write_pieces(tmp_path / "list", pieces(), fsync=False)["size"] == 50

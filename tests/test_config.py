@@ -11,6 +11,7 @@ from reshard.config import load, parse_size
 from reshard.errors import ConfigError, ReshardError
 from reshard.formats.options import Mesh
 from reshard.geometry import whole
+from reshard.prepare import open_source, prepare
 from reshard.topologies import model_names, read_model, topology_names
 
 
@@ -22,12 +23,54 @@ def target(name: str | None, *overrides: str):
     return load(None, name, overrides, None).target
 
 
+SOURCE_ONLY = {"dcp"}
+
+
 @pytest.mark.parametrize("name", topology_names())
 def test_every_shipped_topology_loads_on_both_sides(name):
     for side in (source(name), target(name)):
-        assert side.format in formats.formats()
+        assert (side.format is None) == (name in SOURCE_ONLY)
+        assert side.among
+        assert set(side.among) <= set(formats.formats())
+        assert side.format in (None, *side.among)
         assert side.path is None
         assert side.dtype is None
+
+
+@pytest.mark.parametrize("name", sorted(set(topology_names()) - SOURCE_ONLY))
+def test_every_shipped_topology_lays_out_a_model(name):
+    model, side = read_model("llama2-7b"), target(name)
+    parameters, mesh = families.parameters(model), side.options.axes
+    layout = formats.named(side.format).layout(parameters, model, side.options)
+    assert list(layout.places) == [parameter.name for parameter in parameters]
+    copies = mesh.dp if side.format == "nanotron" else 1  # data-parallel ranks share its files
+    assert layout.coordinates * copies == mesh.tp * mesh.pp * mesh.dp
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["dst.path=there"], ["dst.mesh.dp=4"]], ids=["plain", "path", "mesh"]
+)
+def test_what_files_decide_is_no_target(overrides):
+    config = load("hf", "dcp", ["src.model=llama2-7b", *overrides], None)
+    assert config.target.format is None
+    with pytest.raises(ConfigError, match=r"--dst: fsdp or titan\? name a topology of one of them"):
+        prepare(config)
+
+
+def test_a_source_may_leave_the_format_to_the_files():
+    side = source("dcp", "src.path=there")
+    assert (side.format, side.among, side.options.mesh) == (None, ("fsdp", "titan"), None)
+    side = source("dcp", "src.format=titan")
+    assert (side.format, side.among) == ("titan", ("titan",))
+    side = source("dcp", "src.format=hf|meta|titan")
+    assert (side.format, side.among) == (None, ("hf", "meta", "titan"))
+
+
+@pytest.mark.parametrize("given", ["fsdb", "fsdp|titans", "fsdp||titan", "fsdp|"])
+def test_a_choice_with_an_unknown_format_is_refused(tmp_path, given):
+    side = source("dcp", f"src.format={given}", f"src.path={tmp_path}")
+    with pytest.raises(ConfigError, match=r"format `\w*` is not known; use one of fsdp, hf, meta"):
+        open_source(side)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +87,12 @@ def test_every_shipped_topology_loads_on_both_sides(name):
         ("dp2tp5", "nanotron", Mesh(tp=5, dp=2)),
         ("tp2pp2dp2", "nanotron", Mesh(tp=2, pp=2, dp=2)),
         ("tp123456", "nanotron", Mesh(tp=123456)),
+        ("fsdp2", "fsdp", Mesh(dp=2)),
+        ("fsdp3", "fsdp", Mesh(dp=3)),
+        ("fsdp64", "fsdp", Mesh(dp=64)),
+        ("titan1", "titan", Mesh(dp=1)),
+        ("titan8", "titan", Mesh(dp=8)),
+        ("titan4", "titan", Mesh(dp=4)),
     ],
 )
 def test_names_with_numbers_are_topologies(name, format_name, mesh):
@@ -54,8 +103,11 @@ def test_names_with_numbers_are_topologies(name, format_name, mesh):
 def test_each_shipped_file_is_what_its_numbered_name_would_be():
     for name in topology_names():
         mesh = target(name).options.mesh
-        if name.startswith("meta"):
-            assert mesh == Mesh(tp=int(name.removeprefix("meta")))
+        word = name.rstrip("0123456789")
+        if word in ("meta", "fsdp", "titan"):
+            axis = "tp" if word == "meta" else "dp"
+            assert mesh == Mesh(**{axis: int(name.removeprefix(word))})
+            assert target(name).format == word
         elif mesh is not None:
             axes = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}
             written = "".join(f"{axis}{size}" for axis, size in axes.items() if size > 1)
@@ -71,7 +123,11 @@ def test_each_shipped_file_is_what_its_numbered_name_would_be():
         ("meta2pp2", "topology `meta2pp2` is not known"),
         ("hf4", "topology `hf4` is not known: did you mean `hf`"),
         ("4tp", "topology `4tp` is not known"),
-        ("zzzzzz", "use one of hf, meta1"),
+        ("fsdp0", "topology `fsdp0`: sizes begin at 1"),
+        ("titan8tp2", "topology `titan8tp2` is not known: did you mean `titan8`"),
+        ("dcp4", "topology `dcp4` is not known: did you mean `dcp`"),
+        ("statedict", "topology `statedict` is not known"),
+        ("zzzzzz", "use one of dcp, fsdp16"),
         ("../configs/hf.yaml", "no such directory or file"),
         ("absent.yaml", "--dst absent.yaml: no such directory or file"),
     ],

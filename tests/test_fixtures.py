@@ -10,9 +10,9 @@ import transformers
 import yaml
 from safetensors import safe_open
 
-from tests.oracles import hf, meta, nanotron
+from tests.oracles import dcp, hf, meta, nanotron
 from tests.oracles.compare import assert_same, assert_same_config, assert_same_tensor, files_in
-from tests.settings import Job, must_convert
+from tests.settings import STEP, Job, must_convert
 
 META = {
     "meta_mp2": ("meta2", ()),
@@ -22,6 +22,16 @@ META = {
 }
 HF = ("hf_sharded", "hf_sharded_tied")
 NANOTRON = {"nanotron_tp2_pp2": ("tp2pp2", 2, 2), "nanotron_tp1_pp1": ("tp1", 1, 1)}
+LLAMA_RECIPES = "model_checkpoints/fine-tuned-fixture-org/tiny-llama"
+# As saved, and the folders above that lead there.
+DCP = {
+    "fsdp2_accelerate_3rank": ("pytorch_model_fsdp_0", ""),
+    "fsdp_llama_recipes_2rank": (LLAMA_RECIPES, "model_checkpoints"),
+    "fsdp_llama_recipes_3rank_fp32_optim": (LLAMA_RECIPES, "model_checkpoints", ""),
+    "titan_dcp_3rank": ("checkpoint/step-10", "checkpoint"),
+    "titan_dcp_2rank_tied_model_only": ("checkpoint/step-10", "checkpoint"),
+    "titan_dcp_v020_2rank": ("checkpoint/step-20", "checkpoint"),
+}
 SOURCES = [
     *((name, "checkpoint", given) for name, (_, given) in META.items()),
     *((name, "checkpoint", ()) for name in HF),
@@ -51,6 +61,55 @@ def test_upstream_checkpoints_become_their_reference(
         assert_same(found, reference)
         assert_same_config(found, reference)
         assert understood(job.target) == understood(fixtures_root / name / "reference"), name
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_upstream_dcp_becomes_its_reference(
+    world: int, fixtures_root: Path, tmp_path: Path
+) -> None:
+    """Named as `dcp` and by the bare directory, which holds weights only or a whole training."""
+    places = [(name, inner) for name, inners in DCP.items() for inner in inners]
+    ways = [(*place, spec) for place in places for spec in ("dcp", None)]
+    ways += [("fsdp_llama_recipes_2rank", "single_device", None)]
+    jobs = []
+    for number, (name, inner, spec) in enumerate(ways):
+        reference = fixtures_root / name / "reference"
+        mode = f"engine.exchange={('direct', 'collective')[number // 2 % 2]}"
+        given = (f"src.assets={reference}", f"src.model={reference / 'config.json'}")[number % 2]
+        keys = (mode, given, "dst.max_shard_size=60KB")
+        source, place = fixtures_root / name / inner, tmp_path / f"{number}"
+        jobs.append(Job(source, place, "hf", keys, "least", spec))
+    must_convert(world, jobs)
+    for job, (name, _, _) in zip(jobs, ways, strict=True):
+        reference, found = hf.read(fixtures_root / name / "reference"), hf.read(job.target)
+        assert_same(found, reference)
+        assert_same_config(found, reference)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_references_become_upstream_dcp(world: int, fixtures_root: Path, tmp_path: Path) -> None:
+    """What we write has the keys, the nesting and the boxes of what upstream wrote."""
+    ways = {
+        "fsdp2_accelerate_3rank": ("fsdp3", ()),
+        "fsdp_llama_recipes_2rank": ("fsdp2", ()),
+        "titan_dcp_2rank_tied_model_only": ("titan2", ()),
+        "titan_dcp_v020_2rank": ("titan2", ("dst.keys=older",)),
+    }
+    jobs = [
+        Job(fixtures_root / name / "reference", tmp_path / name, spec, given, "least")
+        for name, (spec, given) in ways.items()
+    ]
+    must_convert(world, jobs)
+    for name, (spec, _) in ways.items():
+        upstream = fixtures_root / name / DCP[name][0]
+        ours = tmp_path / name / (STEP if spec == "titan2" else "")
+        dcp.assert_same_tensors(dcp.read(ours), dcp.read(upstream))
+        one, other = dcp.metadata(ours), dcp.metadata(upstream)
+        assert one.planner_data == {key: other.planner_data[key] for key in dcp.boxes(ours)}
+        theirs = dcp.boxes(upstream)
+        for key, found in dcp.boxes(ours).items():
+            if len(theirs[key]) > 1:  # q, k and v are whole where TorchTitan splits its fused ones
+                assert sorted(found) == [box for box in sorted(theirs[key]) if 0 not in box[1]]
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -15,9 +15,11 @@ PACKAGES = ("containers", "families", "formats")
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "geometry": set(),
-    "layout": {"errors", "geometry"},
+    "units": set(),
+    "placement": {"geometry"},
+    "layout": {"errors", "geometry", "placement"},
     "storage": {"errors"},
-    "packing": {"geometry"},
+    "packing": {"geometry", "placement"},
     "moves": {"geometry", "layout"},
     "plan": {"errors", "geometry", "layout", "moves"},
     "journal": {"storage"},
@@ -37,7 +39,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "containers": {"errors", "geometry"},
     "families": {"errors", "layout"},
-    "formats": {"containers", "errors", "families", "geometry", "layout", "storage"},
+    "formats": {
+        "containers",
+        "errors",
+        "families",
+        "geometry",
+        "layout",
+        "placement",
+        "storage",
+    },
     "watcher": set(),
     "distributed": {"errors", "watcher"},
     "topologies": {"errors", "families", "formats"},
@@ -45,8 +55,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workspace": {"errors", "families", "formats", "storage"},
     "commit": {"containers", "errors", "formats", "geometry", "journal", "layout", "storage"},
     "replicas": {"checks", "containers", "errors", "geometry", "layout", "packing", "storage"},
+    "assets": {"formats", "storage"},
     "prepare": {
-        "commit",
+        "assets",
         "config",
         "errors",
         "families",
@@ -54,8 +65,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "layout",
         "plan",
         "storage",
+        "units",
     },
-    "report": {"engine", "moves", "plan", "prepare"},
+    "report": {"assets", "engine", "moves", "plan", "prepare", "units"},
     "job": {
         "checks",
         "commit",
@@ -84,10 +96,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "layout",
         "packing",
         "plan",
-        "report",
         "storage",
+        "units",
     },
-    "inspect": {"errors", "formats", "report"},
+    "inspect": {"assets", "errors", "formats", "units"},
     "demo": {"config", "distributed", "errors", "families", "formats", "job"},
     "cli": {
         "buffers",
@@ -107,16 +119,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "__main__": {"cli"},
 }
-# Of a format's modules, those that all formats share; and the helpers of one format only.
+# Of the modules of `formats`, those that all formats share; and the others that are no format, each
+# with the modules that use it.
 SHARED_BY_FORMATS = {"common", "options"}
 HELPERS = {
-    "meta_params": "meta",
-    "sampling": "meta",
-    "nanotron_files": "nanotron",
-    "nanotron_tree": "nanotron",
+    "dcp": {"fsdp", "titan"},
+    "foreign": {"__init__"},
+    "meta_params": {"meta", "titan"},
+    "nanotron_files": {"nanotron"},
+    "nanotron_tree": {"nanotron"},
+    "sampling": {"meta"},
+    "weights": {"dcp", "fsdp", "hf", "statedict", "titan"},
 }
 # Of `formats`, modules below prepare see only what all formats share.
-SHARED_ONLY = ("topologies", "config", "workspace", "commit")
+SHARED_ONLY = ("topologies", "config", "workspace", "commit", "assets")
 
 
 def files_of(unit: str) -> list[Path]:
@@ -170,16 +186,21 @@ def test_imports_run_one_way():
 
 
 def test_formats_do_not_know_each_other():
+    used: dict[str, set[str]] = {}
     for path in files_of("formats"):
-        own = path.stem
-        if own == "__init__":
-            continue
         for name in imports_of(path):
-            parts = name.split(".")
-            if parts[0] == "formats":
-                other = parts[1]
-                ours = HELPERS.get(other) == HELPERS.get(own, own)
-                assert other in SHARED_BY_FORMATS or ours, f"{own} imports {other}"
+            if name.startswith("formats."):
+                used.setdefault(name.split(".")[1], set()).add(path.stem)
+    assert {other: users for other, users in used.items() if other not in SHARED_BY_FORMATS} == (
+        HELPERS
+    )
+
+
+def test_what_formats_share_knows_none_of_their_helpers():
+    for path in files_of("formats"):
+        if path.stem in SHARED_BY_FORMATS:
+            names = {name for name in imports_of(path) if name.startswith("formats.")}
+            assert {name.split(".")[1] for name in names} <= SHARED_BY_FORMATS, path.stem
 
 
 def test_every_module_of_formats_is_a_format_or_declared():

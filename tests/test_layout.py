@@ -2,24 +2,29 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reshard.errors import LayoutError
-from reshard.geometry import Cut, Placement, Region, Window, disjoint, row_major, uncut, whole
-from reshard.layout import Layout, Slot, check_same_parameters, with_dtype
+from reshard.geometry import Region, Window, disjoint, row_major, whole
+from reshard.layout import Layout, Slot, check_covered, check_same_parameters, with_dtype
+from reshard.placement import Boxes, Cut, Placement, chunked, uncut
 from tests import conformance
 from tests.layouts import (
     Case,
+    bundles,
     cases,
     config_of,
     elements,
     layout_of,
     layout_pairs,
-    placements,
-    shapes_of_parameters,
+    layouts,
 )
 from tests.oracles import rope
+
+slow_inputs = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @st.composite
@@ -93,48 +98,6 @@ def test_a_narrowed_window_is_a_slice_of_the_view(data):
     assert torch.equal(window.narrow(part).view(buffer), view[local])
 
 
-@given(st.integers(1, 40), st.integers(1, 12))
-def test_a_cut_in_rounded_up_steps_is_torch_chunk_with_empty_shards(size, parts):
-    cut = Cut(0, size, -(-size // parts), parts)
-    expected = [chunk.tolist() for chunk in torch.arange(size).chunk(parts)]
-    expected += [[]] * (parts - len(expected))
-    assert [list(range(*cut.bounds(shard))) for shard in range(parts)] == expected
-
-
-def test_five_rows_on_four_ranks_leave_one_empty():
-    cut = Cut(0, 5, 2, 4)
-    assert [cut.bounds(shard) for shard in range(4)] == [(0, 2), (2, 4), (4, 5), (5, 5)]
-
-
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
-def test_copies_are_consecutive_as_repeat_interleave_has_them(heads, copies, head):
-    cut = Cut(0, heads * head, head, heads * copies, copies)
-    rows = torch.arange(heads * head).reshape(heads, head)
-    expected = rows.repeat_interleave(copies, dim=0)
-    found = [list(range(*cut.bounds(shard))) for shard in range(heads * copies)]
-    assert found == expected.tolist()
-
-
-@given(st.data())
-def test_the_shards_of_a_range_are_those_that_hold_any_of_it(data):
-    size, step = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12))
-    copies = data.draw(st.integers(1, 3))
-    parts = (-(-size // step) + data.draw(st.integers(0, 2))) * copies
-    cut = Cut(0, size, step, parts, copies)
-    start = data.draw(st.integers(0, size - 1))
-    stop = data.draw(st.integers(start + 1, size))
-    bounds = map(cut.bounds, range(parts))
-    expected = [n for n, (a, b) in enumerate(bounds) if max(a, start) < min(b, stop)]
-    assert list(cut.shards(start, stop)) == expected
-
-
-@given(st.integers(0, 9), st.integers(1, 4))
-def test_an_uncut_parameter_is_whole_in_every_copy(size, copies):
-    cut = uncut(size, copies)
-    assert [cut.bounds(shard) for shard in range(copies)] == [(0, size)] * copies
-    assert cut.parts == cut.copies == copies
-
-
 @given(st.data())
 def test_interleaved_windows_are_the_published_permutation(data):
     head, heads = data.draw(st.sampled_from((2, 4, 6, 10))), data.draw(st.integers(1, 4))
@@ -168,24 +131,6 @@ def test_the_drawing_in_the_docstring_is_true():
     )
 
 
-@settings(max_examples=200)
-@given(st.data())
-def test_windows_are_one_to_one_between_a_shard_and_its_stored_tensor(data):
-    shape, head = data.draw(shapes_of_parameters())
-    placement = data.draw(placements(shape, whole_heads=head))
-    for shard in range(placement.cut.parts):
-        held = placement.region(shard)
-        stored = torch.zeros(whole(placement.stored_shape(shard)).numel, dtype=torch.int8)
-        seen = []
-        for window in placement.windows(shard, whole(shape)):
-            window.view(stored).add_(1)
-            seen += elements(window.region)
-        assert sorted(seen) == sorted(elements(held))
-        inside = slice(placement.offset, placement.offset + held.numel)
-        assert (stored[inside] == 1).all()
-        assert stored.sum() == held.numel
-
-
 def test_square_matrices_are_cut_on_the_right_dim():
     rows, columns = Placement((4, 4), Cut(0, 4, 2, 2)), Placement((4, 4), Cut(1, 4, 2, 2))
     assert rows.windows(1, whole((4, 4))) == (Window(Region((2, 0), (4, 4)), 0, (4, 1)),)
@@ -193,7 +138,7 @@ def test_square_matrices_are_cut_on_the_right_dim():
     assert columns.stored_shape(1) == (4, 2)
 
 
-@settings(max_examples=60)
+@slow_inputs
 @given(layout_pairs(), st.data())
 def test_copy_0_tiles_any_region_and_no_copy_holds_an_element_twice(pair, data):
     layout = pair[0]
@@ -203,10 +148,11 @@ def test_copy_0_tiles_any_region_and_no_copy_holds_an_element_twice(pair, data):
     if asked is None:
         asked = whole(shape)
     everywhere = sorted(
-        (index, slot.file.format(shard=shard))
+        (index, slot.file_of(shard), slot.key_of(shard))
         for slot in layout.places[name]
         for shard in range(slot.placement.cut.parts)
-        for index in elements(slot.placement.region(shard))
+        for held in slot.placement.regions(shard)
+        for index in elements(held)
         if index in set(elements(asked))
     )
     found = [
@@ -215,13 +161,32 @@ def test_copy_0_tiles_any_region_and_no_copy_holds_an_element_twice(pair, data):
         for window in stored.windows
         for index in elements(window.region)
     ]
-    assert sorted((index, stored.file) for index, stored in found) == everywhere
+    assert sorted((index, stored.file, stored.key) for index, stored in found) == everywhere
     first = sorted(index for index, stored in found if stored.copy == 0)
     assert first == sorted(elements(asked))
+    places = [(index, stored.copy) for index, stored in found]
+    assert len(set(places)) == len(places)
     for stored in layout.tensors_on(name, asked):
         assert stored.nbytes == sum(w.region.numel for w in stored.windows) * stored.dtype.itemsize
         assert stored.shape == stored.slot.placement.stored_shape(stored.shard)
-        assert stored.coordinate == stored.slot.coordinate + stored.shard
+        assert stored.coordinate == stored.slot.coordinate_of(stored.shard)
+
+
+@slow_inputs
+@given(st.data())
+def test_a_random_layout_keeps_what_every_layout_must(data):
+    held = data.draw(st.lists(bundles(), min_size=1, max_size=4))
+    layout = data.draw(layouts(held, "random", gaps=False))
+    conformance.check_layout(layout)
+    check_covered(layout)
+
+
+@slow_inputs
+@given(layout_pairs())
+def test_copies_of_a_random_layout_are_numbered_without_a_gap_or_a_clash(pair):
+    for layout in pair:
+        conformance.check_parameters(layout)
+        check_covered(layout)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -252,6 +217,39 @@ def test_files_are_made_from_templates_with_braces_and_with_shards():
         "a-00",
         "a-01",
     ]
+
+
+def test_boxes_may_share_a_file_and_empty_ones_are_in_none():
+    boxes = Boxes(Region((low, 0), (high, 2)) for low, high in ((2, 4), (4, 4), (0, 2), (4, 4)))
+    spread = tuple((f"f{number}", number) for number in (0, 0, 0, 1))
+    slots = (
+        Slot("p", Placement((4, 2), boxes), "", "a", torch.float32, boxed=True, spread=spread),
+        Slot("q", Placement((3,), chunked(3, 2)), "f{shard}", "b", torch.float32, boxed=True),
+        Slot("r", Placement((1,), uncut(1), stored=()), "f2", "c", torch.float32, boxed=True),
+    )
+    layout = Layout("x", "dcpfile", 3, slots)
+    assert sorted(layout.files) == ["f0", "f1", "f2"]
+    contents = {file: [(c.key, c.shape) for c in layout.contents(file)] for file in layout.files}
+    assert contents == {
+        "f0": [("a[2, 0]", (2, 2)), ("a[0, 0]", (2, 2)), ("b[0]", (2,))],
+        "f1": [("b[2]", (1,))],
+        "f2": [("c[]", ())],
+    }
+    assert layout.total_bytes() == (8 + 3 + 1) * 4
+    assert [(slot.key, shard) for slot, shard in layout.members("f1")] == [("a", 3), ("b", 1)]
+    found = [(part.key, part.coordinate) for part in layout.tensors_on("p", whole((4, 2)))]
+    assert sorted(found) == [("a[0, 0]", 0), ("a[2, 0]", 0)]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "held"),
+    [([((0, 0), (2, 3))], 6), ([((0, 0), (4, 3)), ((1, 1), (2, 2))], 13), ([((0, 0), (0, 3))], 0)],
+)
+def test_a_source_that_lacks_or_repeats_elements_is_refused(boxes, held):
+    cut = Boxes(Region(start, stop) for start, stop in boxes)
+    slot = Slot("p", Placement((4, 3), cut), "f{shard}", "k", torch.float32)
+    with pytest.raises(LayoutError, match=rf"x: `p` has 12 elements, but its files hold {held}$"):
+        check_covered(Layout("x", "dcpfile", 1, (slot,)))
 
 
 def test_layouts_of_different_models_are_refused_with_both_shapes():

@@ -1,14 +1,28 @@
 """Runs and copies against a naive map from elements to places."""
 
+from collections.abc import Iterable, Iterator
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reshard.geometry import Cut, Placement, Region, row_major, uncut, whole
+from reshard.geometry import Region, row_major, whole
+from reshard.layout import Layout, StoredTensor
 from reshard.packing import Packed, copies, packed, plain
+from reshard.placement import Cut, Placement, chunked, uncut
 from reshard.plan import Plan
-from tests.layouts import Case, cases, elements, placements, shapes_of_parameters
+from tests.layouts import (
+    Case,
+    cases,
+    config_of,
+    elements,
+    fused,
+    layout_of,
+    layout_pairs,
+    placements,
+    shapes_of_parameters,
+)
 
 
 def places_of(
@@ -60,7 +74,7 @@ def parts(draw) -> tuple[Placement, int, Region, int]:
     return placement, shard, Region(tuple(starts), tuple(stops)), head
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(parts())
 def test_a_packed_part_holds_every_element_where_the_file_has_it(part):
     placement, shard, region, _ = part
@@ -68,13 +82,13 @@ def test_a_packed_part_holds_every_element_where_the_file_has_it(part):
     found = packed(placement, shard, region)
     assert places_in(found) == expected
     check_runs(found, len(expected))
-    if not placement.interleaved or _whole_heads(placement, region):
+    if not placement.interleaved or _whole_heads(placement, shard, region):
         assert list(found.runs) == sorted(found.runs)
     starts = [window.region.start for window in found.windows]
     assert starts == sorted(starts)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(parts(), st.randoms(use_true_random=False), st.integers(0, 2))
 def test_a_part_of_a_tensor_with_odd_strides_is_found_too(part, random, gap):
     placement, shard, region, _ = part
@@ -101,7 +115,7 @@ def test_row_major_strides_change_nothing():
         assert (odd.runs, odd.windows) == (plain_part.runs, plain_part.windows)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_copies_carry_each_element_of_a_region_once(data):
     shape, head = data.draw(shapes_of_parameters())
@@ -146,39 +160,143 @@ def test_a_plain_region_is_row_major(shape):
     assert torch.equal(part.windows[0].view(numbers).flatten(), numbers)
 
 
+# Runs of blocks: whole rows, and whole heads where any layout interleaves them.
+
+
+def merged(parts: list[Packed]) -> list[tuple[int, int]]:
+    """The runs of several parts of one stored tensor, as one where they touch; none may overlap."""
+    found: list[tuple[int, int]] = []
+    for first, count in sorted(run for part in parts for run in part.runs):
+        assert not found or sum(found[-1]) <= first, "two parts hold one element"
+        if found and sum(found[-1]) == first:
+            found[-1] = found[-1][0], found[-1][1] + count
+        else:
+            found.append((first, count))
+    return found
+
+
+def groups_in(placement: Placement, regions: list[Region]) -> int:
+    """How often rows of others stand between the rows of regions, and one for the first."""
+    if placement.groups is None or placement.groups.rows == placement.groups.stride:
+        return 1
+    rows = {row for region in regions for row in range(region.start[0], region.stop[0])}
+    return len({row // placement.groups.rows for row in rows})
+
+
+def check_block(members: list[StoredTensor]) -> None:
+    """All parts of one stored tensor on one block.
+
+    A shard is row-major, so that whole rows of it lie one behind the other, of whatever box: its
+    own columns are all that it holds, and heads are permuted within the block. Only a fused tensor
+    has rows of other parameters between the groups of this one's.
+    """
+    slot, shard = members[0].slot, members[0].shard
+    placement, regions = slot.placement, [stored.region for stored in members]
+    parts = [packed(placement, shard, region) for region in regions]
+    runs = merged(parts)
+    assert len(runs) == groups_in(placement, regions), (members[0].file, members[0].key)
+    touched = torch.zeros(whole(members[0].shape).numel, dtype=torch.bool)
+    for stored in members:
+        for window in stored.windows:
+            window.view(touched).fill_(True)
+    assert touched.sum() == sum(count for _, count in runs)
+    assert touched.sum() == sum(region.numel for region in regions)
+    assert all(touched[first : first + count].all() for first, count in runs)
+    if between_heads(placement, shard):
+        assert len(members) == 1
+        assert list(parts[0].runs) == runs, "it is read in more steps than it has to be"
+
+
+def check_blocks(layout: Layout, blocks: Iterable[tuple[str, Region]]) -> int:
+    """Every stored tensor on every block; how many there were, apart from those alike."""
+    seen = set()
+    for parameter, region in blocks:
+        tensors: dict[tuple[object, ...], list[StoredTensor]] = {}
+        for stored in layout.tensors_on(parameter, region):
+            tensors.setdefault((stored.file, stored.key, stored.slot), []).append(stored)
+        for members in tensors.values():
+            geometry = (members[0].slot.placement, members[0].shard, region)
+            if geometry not in seen:
+                seen.add(geometry)
+                check_block(members)
+    return len(seen)
+
+
+def between_heads(placement: Placement, shard: int) -> bool:
+    """Whether a shard holds whole heads, where it matters."""
+    box, head = placement.box(shard), placement.interleaved
+    if not head:
+        return True
+    row = box.start[0], box.stop[0]
+    if placement.lead is not None:
+        row = box.start[1], box.stop[1]
+    elif placement.groups is not None:
+        row = placement.groups.before(row[0]), placement.groups.before(row[1])
+    return all(place % head == 0 for place in row)
+
+
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_a_block_is_one_run_in_every_stored_tensor(case: Case):
-    """By brute force, over the blocks that a plan makes."""
+    """Over the blocks that a plan makes."""
     layout = case.layout()
-    plan, seen = Plan(layout, layout, 1), set()
-    for block in (block for name in plan.names for block in plan.blocks(name)):
-        for stored in layout.tensors_on(block.parameter, block.region):
-            geometry = (stored.slot.placement, stored.shard, stored.region)
-            if geometry in seen:
-                continue
-            seen.add(geometry)
-            runs = packed(*geometry).runs
-            assert len(runs) == 1, (stored.file, stored.key, block)
-            touched = torch.zeros(whole(stored.shape).numel, dtype=torch.bool)
-            for window in stored.windows:
-                window.view(touched).fill_(True)
-            first, count = runs[0]
-            assert touched[first : first + count].all()
-            assert touched.sum() == count == stored.region.numel
+    plan = Plan(layout, layout, 1)
+    blocks = [(block.parameter, block.region) for name in plan.names for block in plan.blocks(name)]
+    assert check_blocks(layout, blocks)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_any_whole_heads_and_whole_rows_are_one_run(case: Case):
     layout = case.layout()
-    for slot in layout.slots:
-        shape, grain = slot.placement.shape, max(1, slot.placement.interleaved)
+    assert check_blocks(layout, whole_units(layout))
+
+
+def whole_units(layout: Layout) -> Iterator[tuple[str, Region]]:
+    """Some whole rows, or heads, of every parameter."""
+    for name, slots in layout.places.items():
+        shape = slots[0].placement.shape
+        grain = max(1, *(slot.placement.interleaved for slot in slots))
         units = shape[0] // grain
         for low, high in ((0, 1), (units // 3, units), (units // 2, units // 2 + 1)):
-            box = Region((low * grain, *(0 for _ in shape[1:])), (high * grain, *shape[1:]))
-            for stored in layout.tensors_on(slot.parameter, box):
-                part = packed(stored.slot.placement, stored.shard, stored.region)
-                assert len(part.runs) == 1, (stored.file, stored.key, box)
-                assert part.runs[0][1] == stored.region.numel
+            yield name, Region((low * grain, *(0 for _ in shape[1:])), (high * grain, *shape[1:]))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(layout_pairs())
+def test_blocks_of_random_layouts_are_one_run_too(pair):
+    for layout in pair:
+        blocks = [(name, whole(slots[0].placement.shape)) for name, slots in layout.places.items()]
+        assert check_blocks(layout, [*blocks, *whole_units(layout)])
+
+
+def test_a_fused_tensor_is_one_run_for_each_group_of_heads():
+    layout = layout_of(config_of("a"), "titan", chunks=fused(config_of("a"), 1))
+    query, key = (f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qk")
+    head, hidden = 6, 72
+    for name, first, heads in ((query, 0, 2), (key, 2, 1)):
+        box = whole(layout.places[name][0].placement.shape)
+        (stored,) = layout.tensors_on(name, box)
+        assert packed(stored.slot.placement, stored.shard, box).runs == tuple(
+            ((group * 4 + first) * head * hidden, heads * head * hidden) for group in range(6)
+        )
+
+
+def test_gate_and_up_are_one_run_each_in_the_tensor_that_stacks_them():
+    model = config_of("a")
+    layout = layout_of(model, "titan", chunks=fused(model, 1))
+    for lead, kind in enumerate(("gate", "up")):
+        name = f"model.layers.0.mlp.{kind}_proj.weight"
+        box = whole(layout.places[name][0].placement.shape)
+        (stored,) = layout.tensors_on(name, box)
+        assert packed(stored.slot.placement, stored.shard, box).runs == (
+            (lead * box.numel, box.numel),
+        )
+
+
+def test_a_chunk_that_ends_inside_a_head_is_one_run_of_alternate_rows():
+    placement = Placement((6, 2), chunked(6, 2), interleaved=6)
+    parts = [packed(placement, 0, region) for region in placement.regions(0)]
+    assert [part.runs for part in parts] == [((0, 2), (4, 2)), ((2, 2),)]
+    assert merged(parts) == [(0, 6)]
 
 
 def test_columns_are_one_run_per_row_in_ascending_order():
@@ -193,11 +311,17 @@ def test_half_a_rotary_head_is_every_second_row():
     assert part.runs == ((0, 2), (4, 2))
 
 
-def _whole_heads(placement: Placement, region: Region) -> bool:
-    """Whether a box holds whole rows of whole rotary heads, as blocks do."""
+def _whole_heads(placement: Placement, shard: int, region: Region) -> bool:
+    """Whether a part holds whole rows of whole rotary heads, as blocks do."""
     rows = (region.start[0], region.stop[0])
-    whole_rows = region.shape[1:] == placement.shape[1:] and placement.cut.dim == 0
-    return whole_rows and all(row % placement.interleaved == 0 for row in rows)
+    held = placement.regions(shard)
+    common = [(own, own & region) for own in held]
+    whole_rows = all(part is None or part.shape[1:] == own.shape[1:] for own, part in common)
+    return (
+        whole_rows
+        and between_heads(placement, shard)
+        and all(row % placement.interleaved == 0 for row in rows)
+    )
 
 
 def _size(part: Packed) -> int:

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 import reshard
 from reshard import plan as planning
 from reshard.errors import ConfigError
-from reshard.geometry import Cut, Placement, Region, uncut, whole
+from reshard.geometry import Region, whole
 from reshard.layout import Layout, Slot
 from reshard.moves import Load, Move, loads_of
+from reshard.placement import Boxes, Cut, Placement, uncut
 from reshard.plan import Plan
 from reshard.topologies import read_model
-from tests.layouts import config_of, layout_of, layout_pairs
+from tests.layouts import cases, config_of, fused, layout_of, layout_pairs
 
 MODES = [("collective", "nearest"), ("collective", "owner"), ("direct", "nearest")]
 slow_inputs = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -52,12 +53,17 @@ REAL = {
     "tp2pp5 to meta3": ("nanotron", {"tp": 2, "pp": 5}, "meta", {"tp": 3}),
     "hf to tp6": ("hf", {}, "nanotron", {"tp": 6, "pp": 1, "rope_interleaved": True}),
     "meta2 to hf": ("meta", {"tp": 2, "embedding_dim": 1}, "hf", {}),
+    "fsdp5 to titan on two axes": ("fsdp", {"dp": 5}, "titan", {"dp": 3, "tp": 2}),
+    "titan7 to tp2": ("titan", {"dp": 7}, "nanotron", {"tp": 2}),
+    "fused titan to hf": ("titan", {"fused": 5}, "hf", {}),
 }
 
 
 def real_plan(name: str, world: int, exchange: str, writers: str, **model) -> Plan:
     source, ours, target, theirs = REAL[name]
     kind = config_of("a", **model)
+    if "fused" in ours:
+        ours = {"chunks": fused(kind, ours["fused"])}
     return Plan(
         layout_of(kind, source, **ours), layout_of(kind, target, **theirs), world, exchange, writers
     )
@@ -102,22 +108,69 @@ def test_blocks_tile_each_parameter_with_whole_rows_and_whole_heads(plan):
     assert ordinals == list(range(plan.block_count()))
 
 
-@slow_inputs
-@given(plans())
-def test_a_block_has_one_home_unless_that_would_cut_a_head(plan):
+def shards_cut_rows_only(placement: Placement) -> bool:
+    """Whether every shard holds whole rows, all of those that it reaches."""
+    space = placement.whole or placement.shape
+    boxes = [placement.box(shard) for shard in range(placement.cut.parts)]
+    return placement.lead is None and all(box.shape[1:] == space[1:] for box in boxes if box.numel)
+
+
+def shard_ends(placement: Placement) -> set[int]:
+    """The rows at which a shard of whole rows begins or ends, counted as they are stored."""
+    boxes = [placement.box(shard) for shard in range(placement.cut.parts)]
+    ends = {end for box in boxes if box.numel for end in (box.start[0], box.stop[0])}
+    groups = placement.groups
+    if groups is None:
+        return ends
+    rows = [groups.stored(row) for row in range(placement.shape[0])]
+    return {sum(row < end for row in rows) for end in ends}
+
+
+def check_homes(plan: Plan) -> int:
+    """A block has one home in each slot unless a shard's end cuts a head, or shards cut columns.
+
+    How many blocks and slots there were for which this was so.
+    """
+    count = 0
     for name in plan.names:
         slots = plan.source.places[name] + plan.target.places[name]
         grain = max(1, *(slot.placement.interleaved for slot in slots))
-        edges = {
-            edge
-            for slot in slots
-            for edge in map(slot.placement.cut.bounds, range(slot.placement.cut.parts))
-            if slot.placement.cut.dim == 0
-            for edge in edge
-        }
+        straight = [slot.placement for slot in slots if shards_cut_rows_only(slot.placement)]
+        ends = {placement: shard_ends(placement) for placement in straight}
         for block in plan.blocks(name):
             inside = range(block.region.start[0] + 1, block.region.stop[0])
-            assert all(edge % grain for edge in edges if edge in inside)
+            for placement in straight:
+                assert all(end % grain for end in ends[placement] if end in inside)
+                if any(end in inside for end in ends[placement]):
+                    continue
+                held = [
+                    (shard, region)
+                    for shard in range(placement.cut.parts)
+                    for own in placement.regions(shard)
+                    if (region := own & block.region) is not None
+                ]
+                assert [region for _, region in held] == [block.region] * placement.cut.copies
+                homes = {shard // placement.cut.copies for shard, _ in held}
+                assert len(homes) == 1
+                count += 1
+    return count
+
+
+@slow_inputs
+@given(plans())
+def test_a_block_has_one_home_unless_that_would_cut_a_head_or_columns_are_cut(plan):
+    check_homes(plan)
+
+
+CUT = [case for case in cases() if case.format in ("nanotron", "fsdp", "titan")]
+
+
+@pytest.mark.parametrize("case", CUT, ids=str)
+def test_blocks_of_real_layouts_have_one_home(case):
+    """Beside Meta's files, which hold whole heads."""
+    other = layout_of(case.model, "meta", tp=1)
+    assert check_homes(Plan(case.layout(), other, 1))
+    assert check_homes(Plan(other, case.layout(), 1))
 
 
 @slow_inputs
@@ -189,21 +242,22 @@ def test_readers_and_owners_may_be_named():
 def test_each_element_is_read_once_and_written_once_wherever_it_stands(plan):
     for layout, side in ((plan.source, "reads"), (plan.target, "pieces")):
         hits = {
-            (slot.file.format(shard=shard), slot.parameter): np.zeros(slot.placement.shape, int)
+            (slot.file_of(shard), slot.key_of(shard), slot.parameter): np.zeros(
+                slot.placement.shape, int
+            )
             for slot in layout.slots
             for shard in range(slot.placement.cut.parts)
         }
         expected = {place: table.copy() for place, table in hits.items()}
         for slot in layout.slots:
             for shard in range(slot.placement.cut.parts):
-                held = slot.placement.region(shard)
-                expected[slot.file.format(shard=shard), slot.parameter][
-                    box(held, whole(slot.placement.shape))
-                ] += 1
+                table = expected[slot.file_of(shard), slot.key_of(shard), slot.parameter]
+                for held in slot.placement.regions(shard):
+                    table[box(held, whole(table.shape))] += 1
         for move in all_moves(plan):
             for rank, stored in getattr(move, side):
                 assert 0 <= rank < plan.world
-                table = hits[stored.file, move.block.parameter]
+                table = hits[stored.file, stored.key, move.block.parameter]
                 table[box(stored.region, whole(table.shape))] += 1
         assert all(np.array_equal(hits[place], expected[place]) for place in hits)
 
@@ -360,8 +414,31 @@ def test_collective_moves_keep_all_readers_busy():
 # What it comes to.
 
 
+def parameters_alike_but_for_the_coordinates_of_their_shards() -> Plan:
+    """The first and the last begin their turns alike, too."""
+    halves, count = Placement((4, 4), Cut(0, 4, 2, 2)), 5
+    source = [
+        Slot(
+            f"p{n}",
+            halves,
+            "",
+            f"k{n}",
+            torch.float32,
+            spread=(("f0", 0), (f"f{1 + n // 4}", 1 + n // 4)),
+            boxed=True,
+        )
+        for n in range(count)
+    ]
+    whole_again = Placement((4, 4), uncut(4))
+    target = [Slot(f"p{n}", whole_again, f"t{n}", "k", torch.float32) for n in range(count)]
+    return Plan(
+        Layout("x", "dcpfile", 3, tuple(source)), Layout("y", "safetensors", 3, tuple(target)), 3
+    )
+
+
 @settings(slow_inputs, max_examples=150)
 @given(plans())
+@example(parameters_alike_but_for_the_coordinates_of_their_shards())
 def test_totals_are_the_sum_over_all_moves(plan):
     expected = {rank: Load() for rank in range(plan.world)} | counted(all_moves(plan), 1)
     assert plan.totals() == expected
@@ -446,13 +523,15 @@ def test_unknown_modes_are_refused(exchange, writers, message):
 
 
 @pytest.mark.parametrize("exchange", ["collective", "direct"])
-def test_planning_405b_takes_little_memory(exchange):
+@pytest.mark.parametrize(
+    ("target", "mesh"),
+    [("nanotron", {"tp": 8, "pp": 16}), ("fsdp", {"dp": 128}), ("titan", {"dp": 16, "tp": 8})],
+)
+def test_planning_405b_takes_little_memory(target, mesh, exchange):
     model = read_model("llama3.1-405b")
     tracemalloc.start()
     try:
-        plan = Plan(
-            layout_of(model, "meta", tp=16), layout_of(model, "nanotron", tp=8, pp=16), 8, exchange
-        )
+        plan = Plan(layout_of(model, "meta", tp=16), layout_of(model, target, **mesh), 8, exchange)
         assert plan.digest(plan.table_digest())
         rounds = list(islice(plan.rounds(0, 8 << 20, 64), 3))
         _, peak = tracemalloc.get_traced_memory()
@@ -472,7 +551,7 @@ def test_planning_405b_takes_little_memory(exchange):
 def test_no_word_of_a_format_or_a_model_is_in_the_core(module):
     text = Path(reshard.__file__).with_name(f"{module}.py").read_text()
     words = r"nanotron|\bmeta\b|meta\d|llama|qwen|\brope|qkv"
-    words += r"|consolidated|hugging|\bhf\b|lm_head|\bpth\b"
+    words += r"|consolidated|hugging|\bhf\b|lm_head|\bpth\b|fsdp|titan|dcp|\bdtensor"
     found = [line for line in text.splitlines() if re.search(words, line, re.IGNORECASE)]
     assert not found
     strings = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
@@ -498,3 +577,18 @@ def test_chunks_that_cut_rotary_heads_do_not_cut_blocks():
     assert Plan(source, target, 2).row_bounds("p") == (0, 8)
     with small_blocks(16):
         assert Plan(source, target, 2).row_bounds("p") == (0, 4, 8)
+
+
+def test_a_block_of_two_boxes_beside_each_other_has_two_readers():
+    boxes = Boxes(Region((a, b), (a + 2, b + 3)) for b in (0, 3) for a in (2, 0))
+    split = Placement((4, 6), boxes)
+    slot = Slot("p", split, "s{shard}", "k", torch.float32, boxed=True)
+    plain = Slot("p", Placement((4, 6), uncut(4)), "t", "k", torch.float32)
+    source = Layout("x", "dcpfile", 4, (slot,))
+    plan = Plan(source, Layout("y", "safetensors", 1, (plain,)), 2)
+    assert plan.row_bounds("p") == (0, 2, 4)
+    readers = [[(rank, stored.key) for rank, stored in move.reads] for move in plan.moves(0)]
+    assert sorted(readers) == [
+        [(0, "k[2, 0]"), (0, "k[2, 3]")],
+        [(1, "k[0, 0]"), (1, "k[0, 3]")],
+    ]

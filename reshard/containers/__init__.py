@@ -1,16 +1,15 @@
 """The bytes of one file: where its stored tensors lie, and how an empty one is laid out up front.
 
-Each container is a module with the same three names:
+Each container is a module with the same two names:
 
-    SUFFIXES                      the file suffixes that it reads
-    index(path)                   where each stored tensor of a file lies; no tensor byte is read
+    index(root, file)             where each stored tensor of a file lies; no tensor byte is read
     skeleton(tensors, metadata)   every byte of a new file that is not tensor data, and its size
 """
 
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -53,13 +52,15 @@ class Skeleton:
 
     `chunks` are (offset, bytes) in ascending order; chunks and tensors tile the file without a gap
     or an overlap. `checksums` names, for a key, the offsets (inside chunks) of little-endian uint32
-    fields that must hold the CRC32 of that tensor's bytes before the file is published.
+    fields that must hold the CRC32 of that tensor's bytes before the file is published. `items`
+    says, for a key, the (offset, bytes) of what is stored as one item of its own inside the file.
     """
 
     size: int
     chunks: tuple[tuple[int, bytes], ...]
     offsets: Mapping[str, int]
     checksums: Mapping[str, tuple[int, ...]]
+    items: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @cache
@@ -69,19 +70,16 @@ def _modules() -> Mapping[str, ModuleType]:
         info.name: importlib.import_module(f"{__name__}.{info.name}")
         for info in pkgutil.iter_modules(__path__)
     }
-    return {name: module for name, module in found.items() if hasattr(module, "SUFFIXES")}
+    return {name: module for name, module in found.items() if hasattr(module, "skeleton")}
 
 
 @lru_cache(maxsize=256)
-def index(path: Path) -> FileIndex:
-    """Where each stored tensor of `path` lies; the container is told by the suffix."""
-    for module in _modules().values():
-        if path.suffix in module.SUFFIXES:
-            if not path.is_file():
-                raise CheckpointError(f"`{path}`: no such file")
-            found: FileIndex = module.index(path)
-            return found
-    raise CheckpointError(f"`{path}`: files that end in `{path.suffix}` are not known")
+def index(container: str, root: Path, file: str) -> FileIndex:
+    """Where each stored tensor of `root / file` lies, a file of `container` (a module's name)."""
+    if not (root / file).is_file():
+        raise CheckpointError(f"`{root / file}`: no such file")
+    found: FileIndex = _modules()[container].index(root, file)
+    return found
 
 
 def skeleton(
@@ -90,3 +88,8 @@ def skeleton(
     """Every byte of a new file of `container` that is not tensor data."""
     laid_out: Skeleton = _modules()[container].skeleton(tensors, metadata)
     return laid_out
+
+
+def shown(text: str) -> str:
+    """Text from a file as it may appear in a one-line message."""
+    return repr(text[:80])[1:-1]

@@ -14,11 +14,9 @@ from typing import BinaryIO
 
 import torch
 
-from reshard.containers import Entry, FileIndex, Skeleton, TensorSpec
+from reshard.containers import Entry, FileIndex, Skeleton, TensorSpec, shown
 from reshard.errors import CheckpointError, LayoutError
 from reshard.geometry import row_major
-
-SUFFIXES: tuple[str, ...] = (".safetensors",)
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -42,22 +40,22 @@ _MAX_DIGITS = 20
 _ALIGNMENT = 64
 
 
-def index(path: Path) -> FileIndex:
+def index(root: Path, file: str) -> FileIndex:
     """Where each tensor of an existing file lies; header and file size are checked in full."""
     try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            text = _read_header(file, file_bytes)
+        with (root / file).open("rb") as opened:
+            file_bytes = os.fstat(opened.fileno()).st_size
+            text = _read_header(opened, file_bytes)
         header = json.loads(text.decode(), object_pairs_hook=_unique, parse_int=_integer)
         data_start = 8 + len(text)
         metadata, entries = _parse(header, data_start=data_start)
         _check_tiling(entries, data_start=data_start, file_bytes=file_bytes)
     except OSError as error:
-        raise CheckpointError(f"`{path.name}`: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"`{file}`: cannot be read: {error.strerror}") from error
     except RecursionError:
-        raise CheckpointError(f"`{path.name}`: its header is nested too deeply") from None
+        raise CheckpointError(f"`{file}`: its header is nested too deeply") from None
     except ValueError as error:
-        raise CheckpointError(f"`{path.name}`: {error}") from error
+        raise CheckpointError(f"`{file}`: {error}") from error
     return FileIndex(entries, metadata)
 
 
@@ -115,7 +113,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     for key, value in pairs:
         if key in found:
             kind = "tensor" if isinstance(value, dict) else "field"
-            raise ValueError(f"{kind} `{_shown(key)}` appears twice in the header")
+            raise ValueError(f"{kind} `{shown(key)}` appears twice in the header")
         found[key] = value
     return found
 
@@ -139,7 +137,7 @@ def _parse(header: object, *, data_start: int) -> tuple[dict[str, str], dict[str
         try:
             entries[key] = _entry(key, described, data_start)
         except ValueError as error:
-            raise ValueError(f"tensor `{_shown(key)}` {error}") from error
+            raise ValueError(f"tensor `{shown(key)}` {error}") from error
     return metadata, entries
 
 
@@ -151,8 +149,8 @@ def _entry(key: str, described: object, data_start: int) -> Entry:
     name = described.get("dtype")
     dtype = _DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        shown = _shown(name) if isinstance(name, str) else "none"
-        raise ValueError(f"has dtype `{shown}`, expected one of {', '.join(_DTYPES)}")
+        found = shown(name) if isinstance(name, str) else "none"
+        raise ValueError(f"has dtype `{found}`, expected one of {', '.join(_DTYPES)}")
     shape = _integers(described, "shape")
     if len(shape) > _MAX_DIMS:
         raise ValueError(f"has {len(shape)} dims, expected at most {_MAX_DIMS}")
@@ -188,7 +186,7 @@ def _check_tiling(entries: Mapping[str, Entry], *, data_start: int, file_bytes: 
         if start != position:
             fault = "overlaps the one before" if start < position else "leaves a hole before it"
             raise ValueError(
-                f"tensor `{_shown(key)}` {fault}: it starts at {start - data_start}, "
+                f"tensor `{shown(key)}` {fault}: it starts at {start - data_start}, "
                 f"expected {position - data_start}"
             )
         position = stop
@@ -196,8 +194,3 @@ def _check_tiling(entries: Mapping[str, Entry], *, data_start: int, file_bytes: 
         raise ValueError(f"truncated: {file_bytes} bytes, its header says {position}")
     if file_bytes > position:
         raise ValueError(f"is too long: {file_bytes} bytes, its header says {position}")
-
-
-def _shown(text: str) -> str:
-    """Text from the file as it may appear in a one-line message."""
-    return repr(text[:80])[1:-1]

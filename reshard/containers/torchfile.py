@@ -1,173 +1,48 @@
-"""The bytes of a `.pth`: a zip of uncompressed records, one of them a pickle that names the others.
+"""The bytes of a `.pth`: a torch zip with one pickle, which names the storages beside it.
 
-    archive/data.pkl      {key: (which record, offset, shape, strides), ...} as a pickle
-    archive/byteorder, .storage_alignment, version, .data/serialization_id
-    archive/data/0, ...   the storages: raw elements, 64-byte aligned by padding their headers
+    {key: (which record, offset, shape, strides), ...}
 
-The pickle itself is read and written by `reshard.containers.tensorpickle`.
+The zip is read and written by `reshard.containers.torchzip`, the pickle by
+`reshard.containers.tensorpickle`.
 """
 
-import io
 import math
-import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from reshard.containers import Entry, FileIndex, Skeleton, TensorSpec, tensorpickle
-from reshard.containers.tensorpickle import Tensor, shown
+from reshard.containers import Entry, FileIndex, Skeleton, TensorSpec, shown, tensorpickle, torchzip
+from reshard.containers.tensorpickle import Tensor
+from reshard.containers.torchzip import Archive, Range
 from reshard.errors import CheckpointError
 
-SUFFIXES: tuple[str, ...] = (".pth", ".pt")
 
-_MAX_PICKLE_BYTES = 64 << 20
-_MAX_DIRECTORY_BYTES = 16 << 20  # zipfile takes 12 times this; 200,000 tensors fit
-_ALIGNMENT = 64
-_UINT32 = 0xFFFFFFFF  # in a 32-bit field: look in the zip64 extra field
-_UINT16 = 0xFFFF
-
-
-def index(path: Path) -> FileIndex:
+def index(root: Path, file: str) -> FileIndex:
     """Where each tensor of an existing file lies, views and shared storages included.
 
     The file holds a dict of tensors, or one dict inside a dict; values that are no tensors are
     skipped. Nothing in the file is executed, whatever it asks for.
     """
     try:
-        with _BoundedFile(path) as file:
-            archive = _Archive(file)
-            file.limit = _MAX_PICKLE_BYTES
+        with (root / file).open("rb") as opened:
+            archive = Archive(Range(opened))
             tensors = tensorpickle.read(archive.read("data.pkl"))
             return FileIndex(_entries(tensors, archive), {})
     except OSError as error:
-        raise CheckpointError(f"`{path.name}`: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"`{file}`: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"`{path.name}`: {error}") from error
+        raise CheckpointError(f"`{file}`: {error}") from error
 
 
 def skeleton(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Skeleton:
-    """A zip as torch.save would write it, with one storage per tensor in the given order.
+    """A file as torch.save would write it, with one storage per tensor in the given order.
 
-    Sizes and CRC32s stand in the records' headers, without data descriptors, and the record
-    `.format_version` is left out: torch may compute the offsets of files that have it from its own
-    writer's layout. `metadata` has no place in a .pth and is not stored.
+    `metadata` has no place in a .pth and is not stored.
     """
-    pickled = tensorpickle.write(tensors)
-    names = zlib.crc32("\n".join(spec.key for spec in tensors).encode())
-    writer = _ZipWriter()
-    writer.add("data.pkl", pickled)
-    writer.add("byteorder", b"little")
-    writer.add(".storage_alignment", b"%d" % _ALIGNMENT)
-    for number, spec in enumerate(tensors):
-        writer.add_hole(f"data/{number}", math.prod(spec.shape) * spec.dtype.itemsize)
-    writer.add("version", b"3\n")
-    writer.add(".data/serialization_id", b"%020d%020d" % (names, zlib.crc32(pickled)))
-    fields = writer.finish()
-    holes = {spec.key: f"data/{number}" for number, spec in enumerate(tensors)}
-    return Skeleton(
-        writer.position,
-        tuple(writer.chunks),
-        {key: writer.records[name].payload for key, name in holes.items()},
-        {key: (writer.records[name].header + 14, fields[name] + 16) for key, name in holes.items()},
-    )
+    storages = {spec.key: math.prod(spec.shape) * spec.dtype.itemsize for spec in tensors}
+    return torchzip.lay_out(tensorpickle.write(tensors), storages, "\n".join(storages))
 
 
-class _BoundedFile(io.BufferedReader):
-    """A file that refuses reads of a size which only a hostile file would ask for."""
-
-    limit = _MAX_DIRECTORY_BYTES
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        rest = self.file_bytes() - self.tell()
-        wanted = rest if size is None or size < 0 else min(size, rest)
-        if wanted > self.limit:
-            raise ValueError(f"one part takes {wanted} bytes, expected at most {self.limit}")
-        return super().read(wanted)
-
-    def file_bytes(self) -> int:
-        return os.fstat(self.fileno()).st_size
-
-
-class _Archive:
-    """The zip around the records of a checkpoint, which are named without their common prefix."""
-
-    def __init__(self, file: _BoundedFile) -> None:
-        self._file = file
-        self._records = {info.filename: info for info in _directory(file)}
-        pickles = [name for name in self._records if name.endswith("/data.pkl")]
-        pickles = [name for name in pickles if name.count("/") == 1]
-        if len(pickles) != 1:
-            raise ValueError(f"holds {len(pickles)} `*/data.pkl`, expected 1, as torch.save writes")
-        self._prefix = pickles[0].removesuffix("data.pkl")
-        if self.holds("byteorder") and self.read("byteorder") != b"little":
-            raise ValueError("is not little-endian; re-save it on a little-endian machine")
-
-    def holds(self, name: str) -> bool:
-        return self._prefix + name in self._records
-
-    def read(self, name: str) -> bytes:
-        start, size = self.locate(name)
-        self._file.seek(start)
-        payload = self._file.read(size)
-        expected = self._records[self._prefix + name].CRC
-        # torch.serialization.set_crc32_options(False) writes 0 for every record.
-        if expected and expected != zlib.crc32(payload):
-            raise ValueError(
-                f"record `{name}` is damaged: CRC32 {zlib.crc32(payload):08x}, "
-                f"expected {expected:08x}"
-            )
-        return payload
-
-    def locate(self, name: str) -> tuple[int, int]:
-        """The (offset, size) in bytes of a record's payload, which lies inside the file."""
-        if not self.holds(name):
-            raise ValueError(f"has no record `{shown(name)}`, which its pickle names")
-        info = self._records[self._prefix + name]
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise ValueError(f"record `{shown(name)}` is compressed; re-save it with torch.save")
-        if not 0 <= info.header_offset < self._file.file_bytes():
-            raise ValueError(
-                f"truncated: {self._file.file_bytes()} bytes, "
-                f"record `{shown(name)}` starts at {info.header_offset}"
-            )
-        self._file.seek(info.header_offset)
-        header = self._file.read(30)
-        if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
-            raise ValueError(f"record `{shown(name)}` has no header at {info.header_offset}")
-        # The extra field's length differs from the one in the directory: torch pads here alone.
-        start = info.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
-        if start + info.file_size > self._file.file_bytes():
-            raise ValueError(
-                f"truncated: {self._file.file_bytes()} bytes, "
-                f"record `{shown(name)}` ends at {start + info.file_size}"
-            )
-        return start, info.file_size
-
-
-def _directory(file: _BoundedFile) -> list[zipfile.ZipInfo]:
-    magic = file.read(4)
-    if magic.startswith(b"\x80\x02"):
-        raise ValueError("is a legacy torch file, not a zip; load it and re-save with torch.save")
-    if magic != b"PK\x03\x04":
-        raise ValueError("is not a torch zip file; re-save it with torch.save")
-    try:
-        records = zipfile.ZipFile(file).infolist()
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError) as error:
-        raise ValueError(
-            f"truncated or not a torch zip file: {file.file_bytes()} bytes, but {error}"
-        ) from error
-    if len({info.filename for info in records}) < len(records):
-        raise ValueError("has two records of one name in its directory")
-    return records
-
-
-def _entries(tensors: Mapping[object, Tensor], archive: _Archive) -> dict[str, Entry]:
+def _entries(tensors: Mapping[object, Tensor], archive: Archive) -> dict[str, Entry]:
     records = {tensor.storage.record for tensor in tensors.values()}
     places = {record: archive.locate(record) for record in sorted(records)}
     entries: dict[str, Entry] = {}
@@ -175,19 +50,22 @@ def _entries(tensors: Mapping[object, Tensor], archive: _Archive) -> dict[str, E
         if not isinstance(key, str) or not key.isprintable():
             raise ValueError(f"the key `{shown(str(key))}` of a tensor is not printable text")
         start, record_bytes = places[tensor.storage.record]
-        _check_extent(key, tensor, record_bytes)
+        try:
+            check_extent(tensor, record_bytes)
+        except ValueError as error:
+            raise ValueError(f"tensor `{key}` {error}") from error
         start += tensor.offset * tensor.dtype.itemsize
         entries[key] = Entry(start, tensor.dtype, tensor.shape, tensor.strides)
     return entries
 
 
-def _check_extent(key: str, tensor: Tensor, record_bytes: int) -> None:
-    """A tensor lies inside its storage and has no more elements than it; a storage, its record."""
+def check_extent(tensor: Tensor, record_bytes: int) -> None:
+    """Require that a tensor lies inside its storage, and that one in its record (ValueError)."""
     storage = tensor.storage
     storage_bytes = storage.numel * storage.dtype.itemsize
     if storage_bytes > record_bytes:
         raise ValueError(
-            f"tensor `{key}` has a storage of {storage_bytes} bytes, "
+            f"has a storage of {storage_bytes} bytes, "
             f"but record `{shown(storage.record)}` holds {record_bytes}"
         )
     numel = math.prod(tensor.shape)
@@ -196,7 +74,7 @@ def _check_extent(key: str, tensor: Tensor, record_bytes: int) -> None:
     # Without the second test an expanded tensor could claim more memory than any file has.
     if max(tensor.offset + last + 1, numel) * tensor.dtype.itemsize > storage_bytes:
         raise ValueError(
-            f"tensor `{key}` has {_number(numel)} elements up to {_number(tensor.offset + last)}, "
+            f"has {_number(numel)} elements up to {_number(tensor.offset + last)}, "
             f"but its storage {storage_bytes // tensor.dtype.itemsize}"
         )
 
@@ -204,80 +82,3 @@ def _check_extent(key: str, tensor: Tensor, record_bytes: int) -> None:
 def _number(value: int) -> str:
     """An integer from the file in a message: Python refuses to print thousands of digits."""
     return str(value) if value.bit_length() <= 256 else "more than 2^256"
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    header: int
-    payload: int
-    size: int
-    crc: int
-
-
-@dataclass(slots=True)
-class _ZipWriter:
-    """The bytes of an uncompressed zip around holes, which are skipped and not written."""
-
-    position: int = 0
-    chunks: list[tuple[int, bytes]] = field(default_factory=list)
-    records: dict[str, _Record] = field(default_factory=dict)
-
-    def add(self, name: str, payload: bytes) -> None:
-        self._add_header(name, len(payload), zlib.crc32(payload))
-        self._write(payload)
-
-    def add_hole(self, name: str, size: int) -> None:
-        self._add_header(name, size, crc=0)
-        self.position += size
-
-    def finish(self) -> dict[str, int]:
-        """Write the directory; the offset of each record's entry in it."""
-        start, fields = self.position, {}
-        for name, record in self.records.items():
-            fields[name] = self.position
-            self._write(_directory_entry(name, record))
-        self._write(_end_of_directory(len(self.records), start, self.position))
-        return fields
-
-    def _add_header(self, name: str, size: int, crc: int) -> None:
-        path = f"archive/{name}".encode()
-        extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= _UINT32 else b""
-        padding = -(self.position + 30 + len(path) + len(extra) + 4) % _ALIGNMENT
-        extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        common = _common_fields(size, crc, zip64=size >= _UINT32)
-        header = b"PK\x03\x04" + common + struct.pack("<HH", len(path), len(extra)) + path + extra
-        self.records[name] = _Record(self.position, self.position + len(header), size, crc)
-        self._write(header)
-
-    def _write(self, content: bytes) -> None:
-        self.chunks.append((self.position, content))
-        self.position += len(content)
-
-
-def _common_fields(size: int, crc: int, *, zip64: bool) -> bytes:
-    """What a record's header and its directory entry share: version needed up to both sizes."""
-    version, utf8, stored, time, date = 45 if zip64 else 20, 0x0800, 0, 0, 0x0021  # 1980-01-01
-    sizes = min(size, _UINT32)
-    return struct.pack("<5H3I", version, utf8, stored, time, date, crc, sizes, sizes)
-
-
-def _directory_entry(name: str, record: _Record) -> bytes:
-    path = f"archive/{name}".encode()
-    large = [record.size, record.size] if record.size >= _UINT32 else []
-    large += [record.header] if record.header >= _UINT32 else []
-    extra = struct.pack(f"<HH{len(large)}Q", 1, 8 * len(large), *large) if large else b""
-    common = _common_fields(record.size, record.crc, zip64=bool(large))
-    lengths = struct.pack("<HHHHHI", len(path), len(extra), 0, 0, 0, 0)
-    header = struct.pack("<I", min(record.header, _UINT32))
-    return b"PK\x01\x02" + struct.pack("<H", 45) + common + lengths + header + path + extra
-
-
-def _end_of_directory(count: int, start: int, stop: int) -> bytes:
-    """The zip's last record, after its 64-bit twin and that one's locator where it overflows."""
-    size = stop - start
-    short = (min(count, _UINT16), min(count, _UINT16), min(size, _UINT32), min(start, _UINT32))
-    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, *short, 0)
-    if count < _UINT16 and size < _UINT32 and start < _UINT32:
-        return end
-    wide = struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, start)
-    return b"PK\x06\x06" + wide + b"PK\x06\x07" + struct.pack("<IQI", 0, stop, 1) + end

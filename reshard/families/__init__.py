@@ -12,8 +12,13 @@ from functools import cache
 from typing import Protocol, cast
 
 from reshard.errors import ConfigError
-from reshard.families.model import ModelConfig
+from reshard.families import carried
+from reshard.families import model as known_model
+from reshard.families.carried import CarriedConfig
+from reshard.families.model import Json, ModelConfig
 from reshard.layout import Parameter
+
+Model = ModelConfig | CarriedConfig
 
 
 class Family(Protocol):
@@ -48,6 +53,19 @@ def _family(model: ModelConfig) -> Family:
 def parameters(model: ModelConfig) -> list[Parameter]:
     """The logical parameters of `model`, in Hugging Face's order; an unknown family is refused."""
     return _family(model).parameters(model)
+
+
+def read_config(record: Mapping[str, Json], name: str) -> Model:
+    """The model of a config.json; one of an unknown family is carried as it is."""
+    if record.get("quantization_config") is not None:
+        raise ConfigError(f"`{name}`: a quantised model, which is not supported; convert it back")
+    known = record.get("model_type") in _families()
+    return known_model.from_hf(record, name) if known else carried.from_hf(record, name)
+
+
+def from_json(record: Mapping[str, Json]) -> Model:
+    """The model that `to_json` of either kind wrote."""
+    return carried.from_json(record) if "config" in record else known_model.from_json(record)
 
 
 def architecture(model: ModelConfig) -> str:

@@ -100,6 +100,14 @@ class ModelConfig:
         """All fields as JSON, for the manifest."""
         return asdict(self)
 
+    def describe(self) -> str:
+        """One line on the model."""
+        return (
+            f"{self.model_type}: {self.layers} layers, width {self.hidden}, {self.heads} heads, "
+            f"{self.kv_heads} key-value heads, feed-forward {self.intermediate}, "
+            f"vocabulary {self.vocab}"
+        )
+
 
 def from_json(record: Mapping[str, Json]) -> ModelConfig:
     """The config that `to_json` wrote; unknown or missing fields are a ConfigError."""

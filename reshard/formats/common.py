@@ -8,15 +8,34 @@ from pathlib import Path
 
 import torch
 
-from reshard import containers
+from reshard import containers, families
 from reshard.errors import CheckpointError, ConfigError, LayoutError
-from reshard.families.model import Json, ModelConfig, from_json
-from reshard.formats.options import Scan
+from reshard.families import Model, carried
+from reshard.families.carried import CarriedConfig
+from reshard.families.model import Json, ModelConfig, to_hf
+from reshard.formats.options import Options, Scan
 from reshard.layout import Parameter
 
 MAX_TEXT_BYTES = 64 << 20
 MANIFEST = "reshard.json"
+CONFIG = "config.json"
 ASSETS = "assets"
+# What transformers reads beside the weights.
+TRANSFORMERS_ASSETS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROBLEMS_SHOWN = 3
 
 
@@ -49,6 +68,15 @@ def dump_json(value: Mapping[str, object]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
+def config_files(model: Model) -> dict[str, bytes]:
+    """config.json, and generation_config.json for a family that is known."""
+    if isinstance(model, CarriedConfig):
+        return {CONFIG: dump_json(carried.to_hf(model))}
+    config = {**to_hf(model), "architectures": [families.architecture(model)]}
+    generation = {"_from_model_config": True, "bos_token_id": model.bos, "eos_token_id": model.eos}
+    return {CONFIG: dump_json(config), "generation_config.json": dump_json(generation)}
+
+
 def confined(name: str, origin: str) -> str:
     """A file name that another file gives, which must stay inside the checkpoint's directory."""
     parts = name.replace(os.sep, "/").split("/")
@@ -64,7 +92,7 @@ def confined(name: str, origin: str) -> str:
     return name
 
 
-def manifest_model(root: Path) -> ModelConfig | None:
+def manifest_model(root: Path) -> Model | None:
     """The canonical config that an earlier run left in this directory's manifest, if any."""
     if not (root / MANIFEST).is_file():
         return None
@@ -72,29 +100,77 @@ def manifest_model(root: Path) -> ModelConfig | None:
     if not isinstance(record, dict):
         return None
     try:
-        return from_json(record)
+        return families.from_json(record)
     except ConfigError as error:
         raise CheckpointError(f"`{root / MANIFEST}`: {error}") from None
 
 
-def config_for(
-    root: Path, asked: ModelConfig | None, found: Sequence[int]
-) -> tuple[ModelConfig | None, list[str]]:
-    """The config for what files do not say: src.model, else our manifest; and a note on it.
+def declared(folders: Iterable[Path], key: str) -> Json:
+    """What an earlier run noted in its manifest of a target's files, which themselves do not say.
 
-    `found` are hidden size, layers and heads as the files have them. A src.model of another size is
-    refused, a manifest of another size is left aside.
+    The first manifest in `folders` that has any such note is taken.
     """
+    for folder in folders:
+        if (folder / MANIFEST).is_file():
+            target = read_json(folder / MANIFEST).get("target")
+            found = target.get("declared") if isinstance(target, dict) else None
+            if isinstance(found, dict) and key in found:
+                return found[key]
+    return None
+
+
+def read_config(path: Path) -> Model:
+    """The model of a config.json, of a family that is known or not."""
+    return families.read_config(read_json(path), str(path))
+
+
+def asked_config(options: Options) -> tuple[Model | None, str]:
+    """The config that the user named, and where: src.model, else the one in src.assets."""
+    if options.model is not None:
+        return options.model, "src.model"
+    if options.assets is not None and (options.assets / CONFIG).is_file():
+        return read_config(options.assets / CONFIG), "src.assets"
+    return None, ""
+
+
+def config_beside(folders: Sequence[Path], options: Options) -> tuple[Model | None, str]:
+    """The config of weights that carry none, and the name of where it was found.
+
+    Looked for in src.model, src.assets, and our manifest or a config.json in `folders`. The name
+    holds no path: it goes into the manifest, which is the same wherever a job ran.
+    """
+    known, name = asked_config(options)
+    for folder in folders if known is None else ():
+        if (known := manifest_model(folder)) is not None:
+            return known, MANIFEST
+        if (folder / CONFIG).is_file():
+            return read_config(folder / CONFIG), CONFIG
+    return known, name
+
+
+def config_for(
+    root: Path, options: Options, found: Sequence[int]
+) -> tuple[ModelConfig | None, list[str]]:
+    """The config for what files do not say: as asked for, else our manifest; and a note on it.
+
+    `found` are hidden size, layers and heads as the files have them. A config that was asked for
+    and is of another size is refused, a manifest of another size is left aside.
+    """
+    asked, name = asked_config(options)
     known = asked or manifest_model(root)
     if known is None:
         return None, []
-    sizes = (known.hidden, known.layers, known.heads)
-    if sizes == tuple(found):
-        return known, [f"what the files do not say is from {'src.model' if asked else MANIFEST}"]
+    sizes = (known.hidden, known.layers, known.heads) if isinstance(known, ModelConfig) else ()
+    if isinstance(known, ModelConfig) and sizes == tuple(found):
+        return known, [f"what the files do not say is from {name or MANIFEST}"]
     if asked is not None:
+        has = (
+            f"width {sizes[0]}, {sizes[1]} layers and {sizes[2]} heads"
+            if sizes
+            else f"the model type {known.model_type}, which is not known"
+        )
         raise CheckpointError(
-            f"`{root}`: src.model has width {sizes[0]}, {sizes[1]} layers and {sizes[2]} heads, "
-            f"but the files have {found[0]}, {found[1]} and {found[2]}"
+            f"`{root}`: {name} has {has}, but the files have {found[0]}, {found[1]} and {found[2]}"
         )
     return None, [f"{MANIFEST} describes another model and is left aside"]
 
@@ -166,22 +242,24 @@ def check_headers(scan: Scan, files: Iterable[str]) -> None:
 
 def _problems(scan: Scan, file: str) -> list[str]:
     """What is wrong with the header of one file, one line each."""
-    header = containers.index(scan.root / file)
+    header = containers.index(scan.layout.container, scan.root, file)
     entries = header.entries
     expected = {content.key: content for content in scan.layout.contents(file)}
     found = [f"`{file}`: tensor `{key}` is missing" for key in expected if key not in entries]
-    for key, entry in entries.items():
-        if key in expected and not entry.dtype.is_floating_point:
-            found.append(
-                f"`{file}`: tensor `{key}` is {_text(entry.dtype)}: quantised, not weights"
-            )
+    for key in entries:
         if key not in expected:
             if not scan.ignored(key):
                 found.append(
                     f"`{file}`: tensor `{key}` is not part of a {scan.layout.name} checkpoint of "
                     "this model"
                 )
-        elif (entry.dtype, entry.shape) != (expected[key].dtype, expected[key].shape):
+            continue
+        entry = entries[key]
+        if isinstance(scan.model, ModelConfig) and not entry.dtype.is_floating_point:
+            found.append(
+                f"`{file}`: tensor `{key}` is {_text(entry.dtype)}: quantised, not weights"
+            )
+        if (entry.dtype, entry.shape) != (expected[key].dtype, expected[key].shape):
             found.append(
                 f"`{file}`: tensor `{key}` is {_text(entry.dtype)} {list(entry.shape)}, expected "
                 f"{_text(expected[key].dtype)} {list(expected[key].shape)}"

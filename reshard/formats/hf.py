@@ -5,65 +5,48 @@ embedding is what the config says, never what is missing. config.json is written
 spells it.
 """
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
 from reshard import containers, families
 from reshard.errors import CheckpointError, LayoutError
-from reshard.families.model import Json, ModelConfig, from_hf, to_hf
-from reshard.formats import common
+from reshard.families import Model
+from reshard.families.carried import CarriedConfig
+from reshard.families.model import Json, ModelConfig
+from reshard.formats import common, weights
 from reshard.formats.options import Mesh, Options, Scan
-from reshard.geometry import Placement, uncut
 from reshard.layout import Layout, Parameter, Slot
 
 NAME = "hf"
-ASSETS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "generation_config.json",
-)
+ANY_FAMILY = True
+CONTAINER = "safetensors"
+ASSETS = common.TRANSFORMERS_ASSETS
+NEEDED = {common.CONFIG: (common.CONFIG,), "tokenizer": common.TOKENIZERS}
 SOURCE_KEYS = ("tied",)
 TARGET_KEYS = ("max_shard_size",)
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
-# A buffer that old transformers saved with the weights; it follows from the config.
-UNUSED_SUFFIX = ".rotary_emb.inv_freq"
 
 
-def layout(parameters: Sequence[Parameter], model: ModelConfig, options: Options) -> Layout:
+def layout(parameters: Sequence[Parameter], model: Model, options: Options) -> Layout:
     """Whole tensors in `options.files`, or in files filled in order up to `max_shard_bytes`."""
     if options.axes != Mesh():
         raise LayoutError(f"hf: Hugging Face directories have no mesh, found {options.axes}")
     files = options.files or _fill(parameters, options.max_shard_bytes)
     slots = [_slot(parameter, parameter.name, files[parameter.name]) for parameter in parameters]
-    if model.tied and HEAD in files:
-        embedding = next(parameter for parameter in parameters if parameter.name == EMBEDDING)
-        slots.append(_slot(embedding, HEAD, files[HEAD]))
+    head, embedding = weights.head_of(model), weights.embedding_of(parameters)
+    if model.tied and embedding is not None and head in files:
+        slots.append(_slot(embedding, head, files[head]))
     return Layout(
-        "hf", "safetensors", 1, tuple(slots), metadata=lambda template, shard: {"format": "pt"}
+        "hf", CONTAINER, 1, tuple(slots), metadata=lambda template, shard: {"format": "pt"}
     )
 
 
 def _slot(parameter: Parameter, key: str, file: str) -> Slot:
     template = file.replace("{", "{{").replace("}", "}}")
-    return Slot(
-        parameter.name,
-        Placement(parameter.shape, uncut(parameter.shape[0])),
-        template,
-        key,
-        parameter.dtype,
-    )
+    return Slot(parameter.name, weights.whole_tensor(parameter), template, key, parameter.dtype)
 
 
 def _fill(parameters: Sequence[Parameter], limit: int) -> dict[str, str]:
@@ -71,10 +54,7 @@ def _fill(parameters: Sequence[Parameter], limit: int) -> dict[str, str]:
     groups: list[list[str]] = [[]]
     filled = 0
     for parameter in parameters:
-        nbytes = (
-            Placement(parameter.shape, uncut(parameter.shape[0])).region(0).numel
-            * parameter.dtype.itemsize
-        )
+        nbytes = math.prod(parameter.shape) * parameter.dtype.itemsize
         if groups[-1] and filled + nbytes > limit:
             groups.append([])
             filled = 0
@@ -89,12 +69,7 @@ def _fill(parameters: Sequence[Parameter], limit: int) -> dict[str, str]:
     }
 
 
-def purpose(options: Options) -> str:
-    """What a target of this format is for, where that needs saying."""
-    return ""
-
-
-def notes(model: ModelConfig, options: Options) -> tuple[str, ...]:
+def notes(model: Model, options: Options) -> tuple[str, ...]:
     """What the plan says about a target of this format."""
     return ("tied embeddings: no lm_head.weight, config.json says so",) if model.tied else ()
 
@@ -106,37 +81,27 @@ def detect(path: Path) -> bool:
 
 def ignored(key: str) -> bool:
     """Stored tensors that follow from the config."""
-    return key.endswith(UNUSED_SUFFIX)
+    return key.endswith(weights.UNUSED_SUFFIX)
 
 
-def model_of(record: Mapping[str, Json], path: Path) -> ModelConfig | None:
+def model_of(record: Mapping[str, Json], path: Path) -> Model | None:
     """The model that a config.json describes, or None for another file."""
-    return from_hf(record, str(path)) if "model_type" in record else None
+    return families.read_config(record, str(path)) if "model_type" in record else None
 
 
 def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a directory from its config.json, its index and its files' headers."""
     if options.mesh not in (None, Mesh()):
         raise LayoutError(f"hf: Hugging Face directories have no mesh, found {options.mesh}")
-    assumed = []
-    if (path / "config.json").exists():
-        model = from_hf(common.read_json(path / "config.json"), str(path / "config.json"))
-    elif options.model is not None:
-        model = options.model
-        assumed.append("model config from src.model")
-    else:
-        raise CheckpointError(
-            f"`{path / 'config.json'}` is missing; give the model's config with src.model=FILE"
-        )
-    if options.tied is not None:
-        model = replace(model, tied=options.tied)
-        assumed.append(f"tied={options.tied} as asked for")
+    model, assumed = _model(path, options)
     files = _weight_map(path)
+    if isinstance(model, CarriedConfig):
+        return _scan_unknown(path, model, files, options, assumed)
     expected = families.parameters(model)
     if missing := [parameter.name for parameter in expected if parameter.name not in files]:
         hint = (
             "; if the output is tied to the embedding, say src.tied=true"
-            if missing[0] == HEAD
+            if missing[0] == weights.HEAD
             else ""
         )
         raise CheckpointError(
@@ -144,9 +109,9 @@ def scan(path: Path, options: Options) -> Scan:
         )
     _refuse_unknown(path, files, {parameter.name for parameter in expected}, model)
     dtypes = {
-        parameter.name: containers.index(path / files[parameter.name]).entries[parameter.name].dtype
+        parameter.name: entries[parameter.name].dtype
         for parameter in expected
-        if parameter.name in containers.index(path / files[parameter.name]).entries
+        if parameter.name in (entries := _entries(path, files[parameter.name]))
     }
     model = replace(model, dtype=common.dominant_dtype(dtypes.values()))
     stored = common.with_stored_dtypes(expected, dtypes)
@@ -163,11 +128,53 @@ def scan(path: Path, options: Options) -> Scan:
     )
 
 
+def _model(path: Path, options: Options) -> tuple[Model, list[str]]:
+    """The model by its config.json, else by what the user named; and what was assumed."""
+    if (path / common.CONFIG).exists():
+        model, assumed = common.read_config(path / common.CONFIG), []
+    else:
+        asked, origin = common.asked_config(options)
+        if asked is None:
+            raise CheckpointError(
+                f"`{path / common.CONFIG}` is missing; "
+                "give the model's config with src.model=FILE or src.assets=DIR"
+            )
+        model, assumed = asked, [f"model config from {origin}"]
+    if options.tied is None:
+        return model, assumed
+    return replace(model, tied=options.tied), [*assumed, f"tied={options.tied} as asked for"]
+
+
+def _scan_unknown(
+    path: Path,
+    model: CarriedConfig,
+    files: Mapping[str, str],
+    options: Options,
+    assumed: Sequence[str],
+) -> Scan:
+    """The layout of a model of a family that is not known: all tensors, as they are stored."""
+    kept = {}
+    for key, file in files.items():
+        entries = _entries(path, file)
+        if key not in entries:
+            raise CheckpointError(f"`{path / INDEX}`: `{key}` is not in `{file}`")
+        kept[key] = weights.Kept(key, entries[key].dtype, entries[key].shape)
+    found = weights.as_stored(kept, model)
+    options = replace(options, mesh=Mesh(), files=files)
+    laid_out = layout(found.parameters, found.model, options)
+    lines = (*assumed, *found.assumed)
+    return Scan(NAME, found.model, found.parameters, laid_out, path, options, lines)
+
+
+def _entries(path: Path, file: str) -> Mapping[str, containers.Entry]:
+    return containers.index(CONTAINER, path, file).entries
+
+
 def _refuse_unknown(
     path: Path, files: Mapping[str, str], expected: Set[str], model: ModelConfig
 ) -> None:
     """Refuse tensors that the model has no parameter for: they would be lost without a word."""
-    tied = {HEAD} if model.tied else set()
+    tied = {weights.HEAD} if model.tied else set()
     unknown = [key for key in files if key not in expected | tied and not ignored(key)]
     if unknown:
         raise CheckpointError(
@@ -181,7 +188,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not (path / INDEX).exists():
         if not (path / SINGLE).exists():
             raise CheckpointError(f"`{path}`: neither {INDEX} nor {SINGLE} is there")
-        return dict.fromkeys(containers.index(path / SINGLE).entries, SINGLE)
+        return dict.fromkeys(_entries(path, SINGLE), SINGLE)
     table = common.read_json(path / INDEX).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"`{path / INDEX}`: `weight_map` is missing or empty")
@@ -197,14 +204,9 @@ def _weight_map(path: Path) -> dict[str, str]:
     return files
 
 
-def side_files(model: ModelConfig, layout: Layout, options: Options) -> dict[str, bytes]:
+def side_files(model: Model, layout: Layout, options: Options) -> dict[str, bytes]:
     """config.json, generation_config.json, and the index where there are several files."""
-    config = {**to_hf(model), "architectures": [families.architecture(model)]}
-    generation = {"_from_model_config": True, "bos_token_id": model.bos, "eos_token_id": model.eos}
-    made = {
-        "config.json": common.dump_json(config),
-        "generation_config.json": common.dump_json(generation),
-    }
+    made = common.config_files(model)
     if len(layout.files) > 1:
         table = {slot.key: slot.file for slot in layout.slots}
         index = {"metadata": {"total_size": layout.total_bytes()}, "weight_map": table}

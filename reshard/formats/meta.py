@@ -20,13 +20,15 @@ from reshard.families.model import Json, ModelConfig
 from reshard.formats import common, meta_params
 from reshard.formats.options import Mesh, Options, Scan
 from reshard.formats.sampling import equal_head_groups, rows_agree
-from reshard.geometry import Cut, Placement, uncut
 from reshard.layout import Constant, Content, Layout, Parameter, Slot
+from reshard.placement import Cut, Placement, uncut
 
 NAME = "meta"
 ASSETS = ("tokenizer.model",)
+NEEDED = {"params.json": ("params.json",), "tokenizer": ASSETS}
 SOURCE_KEYS = ("tied", "rope_factor")
 TARGET_KEYS = ("embedding_dim",)
+CONTAINER = "torchfile"
 FILE = "consolidated.{shard:02d}.pth"
 KEYS = {
     "embedding": "tok_embeddings.weight",
@@ -58,7 +60,7 @@ def layout(parameters: Sequence[Parameter], model: ModelConfig, options: Options
             output = _slot(parameter, model, mp, parameter.dim)
             slots.append(replace(output, key=KEYS["output"]))
     constants = _rope_frequencies(model, slots[0].dtype, mp) if dim == 1 else ()
-    return Layout(f"meta{mp}", "torchfile", mp, tuple(slots), constants)
+    return Layout(f"meta{mp}", CONTAINER, mp, tuple(slots), constants)
 
 
 def _slot(parameter: Parameter, model: ModelConfig, mp: int, dim: int | None) -> Slot:
@@ -83,11 +85,6 @@ def embedding_dim(model: ModelConfig, options: Options) -> int:
     if options.embedding_dim is not None:
         return options.embedding_dim
     return 1 if model.rope_theta in (10000.0, 1000000.0) and model.rope_scaling is None else 0
-
-
-def purpose(options: Options) -> str:
-    """What a target of this format is for, where that needs saying."""
-    return ""
 
 
 def notes(model: ModelConfig, options: Options) -> tuple[str, ...]:
@@ -165,10 +162,10 @@ def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a directory from its params.json and the header of its first file."""
     mp = _count_files(path, options)
     params = meta_params.read(path / meta_params.PARAMS)
-    entries = containers.index(path / FILE.format(shard=0)).entries
+    entries = containers.index(CONTAINER, path, FILE.format(shard=0)).entries
     sizes = _sizes(path, entries, params, mp)
     meta_params.check(path / meta_params.PARAMS, params, sizes)
-    known, noted = common.config_for(path, options.model, (sizes.hidden, sizes.layers, sizes.heads))
+    known, noted = common.config_for(path, options, (sizes.hidden, sizes.layers, sizes.heads))
     model, assumed = meta_params.to_model(
         path / meta_params.PARAMS, params, sizes, known=known, rope_factor=options.rope_factor
     )
@@ -283,8 +280,8 @@ def _tie(
     if known is not None:
         return replace(model, tied=known.tied), []
     first = path / FILE.format(shard=0)
-    embedding = containers.index(first).entries.get(KEYS["embedding"])
-    output = containers.index(first).entries.get(KEYS["output"])
+    entries = containers.index(CONTAINER, path, first.name).entries
+    embedding, output = entries.get(KEYS["embedding"]), entries.get(KEYS["output"])
     same = (
         embedding is not None
         and output is not None

@@ -35,8 +35,8 @@ from reshard.formats.nanotron_tree import (
     topology,
 )
 from reshard.formats.options import Mesh, Options, Scan
-from reshard.geometry import Cut, Placement, uncut
 from reshard.layout import Layout, Parameter, Slot
+from reshard.placement import Cut, Placement, uncut
 
 NAME = "nanotron"
 ASSETS: tuple[str, ...] = ()
@@ -287,9 +287,7 @@ def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, 
             f"but src.rope_interleaved={options.rope_interleaved}"
         )
     model = _model_of(config, name)
-    known, assumed = common.config_for(
-        root, options.model, (model.hidden, model.layers, model.heads)
-    )
+    known, assumed = common.config_for(root, options, (model.hidden, model.layers, model.heads))
     if known is not None:
         model = replace(
             known, rope_theta=model.rope_theta, norm_eps=model.norm_eps, tied=model.tied

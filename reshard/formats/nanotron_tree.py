@@ -109,7 +109,7 @@ def block_of(file: str) -> str:
 
 def only_entry(path: Path) -> containers.Entry:
     """The one tensor of a file."""
-    entries = containers.index(path).entries
+    entries = containers.index("safetensors", path.parent, path.name).entries
     if list(entries) != [KEY]:
         raise CheckpointError(f"`{path}`: holds {sorted(entries)[:3]}, expected one tensor `{KEY}`")
     return entries[KEY]

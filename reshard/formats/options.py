@@ -4,8 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reshard.families.model import ModelConfig
+import torch
+
+from reshard.families import Model
 from reshard.layout import Layout, Parameter
+from reshard.placement import Boxes, Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +21,27 @@ class Mesh:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunks:
+    """A stored tensor that is there: `spread` has the file and the coordinate of each box."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    cut: Cut | Boxes
+    spread: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """A topology as its format sees it; None means: decide by the model or by the files.
 
     `mesh` None (a source only): read from the files. `files` names the file of each parameter, and
     `stages` the pipeline stage of each parameter, where a checkpoint that exists decides them.
     `vocab_rows` is the stored vocabulary, padding included. `model` is a config for what the files
-    do not say.
+    do not say, `assets` a directory with a config and the small files that the source lacks.
+    `rope` is the order of rotary rows ("interleaved" or "half"), `keys` the generation of names
+    ("current" or "older"), `wrapper` the name of the dict around the weights ("model" or "none"),
+    and `chunks` what an existing directory holds of each tensor.
     """
 
     mesh: Mesh | None = None
@@ -35,9 +52,14 @@ class Options:
     vocab_rows: int | None = None
     tied: bool | None = None
     rope_factor: float | None = None
-    model: ModelConfig | None = None
+    model: Model | None = None
+    assets: Path | None = None
+    rope: str | None = None
+    keys: str | None = None
+    wrapper: str | None = None
     files: Mapping[str, str] | None = None
     stages: Mapping[str, int] | None = None
+    chunks: Mapping[str, Chunks] | None = None
 
     @property
     def axes(self) -> Mesh:
@@ -50,18 +72,20 @@ class Scan:
     """A checkpoint that exists: its model, its layout, and what was learnt on the way.
 
     `assumed` are lines on what the files do not say and how it was decided; `left_behind` names
-    what is not carried. `ignored(key)` tells stored tensors that are known to be of no use, and
-    `wrong_metadata(file, metadata)` what is wrong with a header's metadata.
+    what is not carried; `folders` are where small files lie besides `root`. `ignored(key)` tells
+    stored tensors that are known to be of no use, and `wrong_metadata(file, metadata)` what is
+    wrong with a header's metadata.
     """
 
     format: str
-    model: ModelConfig
+    model: Model
     parameters: tuple[Parameter, ...]
     layout: Layout
     root: Path
     options: Options
     assumed: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
+    folders: tuple[Path, ...] = ()
     ignored: Callable[[str], bool] = field(default=lambda key: False)
     wrong_metadata: Callable[[str, Mapping[str, str]], str | None] = field(
         default=lambda file, metadata: None

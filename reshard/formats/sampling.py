@@ -3,7 +3,7 @@
 What is learnt is proven while moving.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from isal import isal_zlib
@@ -31,9 +31,13 @@ def rows_agree(path: Path, one: Entry, other: Entry) -> bool:
     return all(_row(path, one, row) == _row(path, other, row) for row in rows)
 
 
+def _entries(path: Path) -> Mapping[str, Entry]:
+    return containers.index("torchfile", path.parent, path.name).entries
+
+
 def _checksum(path: Path, key: str) -> int:
     """CRC32 of one whole stored tensor, read in small steps."""
-    entry = containers.index(path).entries[key]
+    entry = _entries(path)[key]
     if entry.strides != row_major(entry.shape):
         return isal_zlib.crc32(b"".join(_row(path, entry, row) for row in range(entry.shape[0])))
     nbytes = entry.dtype.itemsize * entry.shape[0] * entry.shape[1]
@@ -58,11 +62,11 @@ def _alike(files: Sequence[Path], keys: Sequence[str]) -> bool:
     """Whether all files hold `keys` as matrices of the same shapes; a header check says more."""
     shapes = {
         tuple(entries[key].shape if key in entries else () for key in keys)
-        for entries in (containers.index(path).entries for path in files)
+        for entries in map(_entries, files)
     }
     return len(shapes) == 1 and all(len(shape) == 2 for shape in next(iter(shapes)))
 
 
 def _first_rows(path: Path, keys: Sequence[str]) -> list[bytes]:
-    entries = containers.index(path).entries
+    entries = _entries(path)
     return [_row(path, entries[key], 0) for key in keys]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from reshard.containers import FileIndex, TensorSpec
-from reshard.containers.safetensors import index, skeleton
+from reshard.containers import FileIndex, TensorSpec, safetensors
+from reshard.containers.safetensors import skeleton
 from reshard.errors import CheckpointError, LayoutError
 
 FIXTURES = Path(__file__).parents[2].parent / "shared" / "fixtures"
@@ -35,6 +35,10 @@ SPECS = [
     TensorSpec("a", torch.int64, ()),
     TensorSpec("naïve", torch.float8_e4m3fn, (7,)),
 ]
+
+
+def index(path: Path) -> FileIndex:
+    return safetensors.index(path.parent, path.name)
 
 
 def raw(tensor: torch.Tensor) -> bytes:

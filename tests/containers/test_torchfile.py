@@ -16,8 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reshard.containers import FileIndex, TensorSpec
-from reshard.containers.torchfile import index, skeleton
+from reshard.containers import FileIndex, TensorSpec, torchfile
+from reshard.containers.torchfile import skeleton
 from reshard.errors import CheckpointError, LayoutError
 
 FIXTURES = Path(__file__).parents[2].parent / "shared" / "fixtures"
@@ -42,6 +42,10 @@ SPECS = [
     TensorSpec("large.dim", torch.float32, (70_000, 1)),
 ]
 LOADS = [{"mmap": mmap, "weights_only": safe} for mmap in (False, True) for safe in (False, True)]
+
+
+def index(path: Path) -> FileIndex:
+    return torchfile.index(path.parent, path.name)
 
 
 def raw(tensor: torch.Tensor) -> bytes:

@@ -1,6 +1,7 @@
 """Every registered format on every kind of model."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +10,17 @@ from safetensors import safe_open
 from reshard import families, formats
 from reshard.errors import LayoutError
 from reshard.formats.options import Mesh, Options
-from reshard.geometry import whole
+from reshard.geometry import item_name, whole
 from reshard.layout import Layout
+from reshard.placement import uncut
 from tests import conformance
-from tests.layouts import Case, cases, config_of, layout_of, oracle
+from tests.layouts import Case, cases, config_of, fused, held, layout_of, oracle
+from tests.oracles import dcp as dcp_oracle
 from tests.oracles import hf as hf_oracle
 from tests.oracles import meta as meta_oracle
 from tests.oracles import models
 from tests.oracles import nanotron as nanotron_oracle
+from tests.oracles import titan as titan_oracle
 
 CASES = cases()
 
@@ -161,9 +165,143 @@ def test_hf_windows_find_each_value_in_files_of_the_oracle(tmp_path, tied):
     _check_values(layout, model, lambda file, key: where[key])
 
 
+def placed_boxes(layout: Layout) -> dict[tuple[str, tuple[int, ...]], tuple[object, ...]]:
+    """The shape, dtype and file of every box, by its key and where it begins."""
+    return {
+        (slot.key, slot.placement.box(shard).start): (
+            slot.placement.stored_shape(shard),
+            slot.dtype,
+            slot.file_of(shard),
+        )
+        for slot in layout.slots
+        for shard in range(slot.placement.cut.parts)
+        if slot.placement.box(shard).numel
+    }
+
+
+def saved_boxes(path: Path) -> dict[tuple[str, tuple[int, ...]], tuple[object, ...]]:
+    """The same of a directory, by torch's own reader."""
+    found = dcp_oracle.metadata(path)
+    files = {(index.fqn, index.offset): i.relative_path for index, i in found.storage_data.items()}
+    return {
+        (fqn, tuple(chunk.offsets)): (
+            tuple(chunk.sizes),
+            entry.properties.dtype,
+            files[fqn, chunk.offsets],
+        )
+        for fqn, entry in dcp_oracle.tensors_in(found).items()
+        for chunk in entry.chunks
+        if whole(chunk.sizes).numel
+    }
+
+
+def _check_boxes(layout: Layout, model: models.Model, path: Path, *, tp: int = 1) -> None:
+    """A layout is what torch has saved, to the file; of copies on a tp axis it may save any."""
+    ours, theirs = placed_boxes(layout), saved_boxes(path)
+    assert ours.keys() == theirs.keys()
+    for place, box in ours.items():
+        assert box[:2] == theirs[place][:2]
+        assert "norm" in place[0] or tp == 1 or box[2] == theirs[place][2]
+    if tp == 1:
+        assert ours == theirs
+    saved = dcp_oracle.read(path)
+    parts = {
+        item_name(key, start): saved[key][tuple(map(slice, start, map(int.__add__, start, box[0])))]
+        for (key, start), box in ours.items()
+    }
+    _check_values(layout, model, lambda file, key: parts[key])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("name", "dp", "wrapper"), [("a", 1, True), ("b", 5, False), ("c", 64, True)]
+)
+def test_fsdp_layouts_are_what_torch_saves(tmp_path, name, dp, wrapper, tied):
+    model = oracle(name, tied=tied)
+    dcp_oracle.write_fsdp(model, tmp_path, dp, wrapper=wrapper)
+    chosen = {} if wrapper else {"wrapper": "none"}
+    _check_boxes(layout_of(config_of(name, tied=tied), "fsdp", dp=dp, **chosen), model, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rope", ["interleaved", "half"])
+@pytest.mark.parametrize(
+    ("name", "dp", "tp", "keys"),
+    [("a", 1, 1, "current"), ("b", 5, 1, "older"), ("c", 7, 1, "current"), ("a", 2, 3, "older"),
+     ("b", 5, 2, "older"), ("c", 64, 2, "current")],
+)  # fmt: skip
+def test_titan_layouts_are_what_torch_saves(tmp_path, name, dp, tp, keys, rope, tied):
+    """Chunks of 5 and 7 end inside heads; on 64 ranks many are empty."""
+    model = oracle(name, tied=tied)
+    names = {"current": "0.3", "older": "0.2"}[keys]
+    if tp > 1:
+        titan_oracle.write_2d(model, tmp_path, dp, tp, keys=names, rope=rope)
+    else:
+        titan_oracle.write_titan(model, tmp_path, dp, keys=names, rope=rope, whole_qkv=False)
+    layout = layout_of(config_of(name, tied=tied), "titan", dp=dp, tp=tp, keys=keys, rope=rope)
+    _check_boxes(layout, model, tmp_path, tp=tp)
+
+
+def test_whole_models_in_one_file_are_a_source_only():
+    with pytest.raises(
+        LayoutError, match=r"statedict: is a source only; for a target use --dst hf"
+    ):
+        layout_of(config_of("a"), "statedict")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "titan: the model has attention_bias=true"),
+        ({"mlp_bias": True}, "titan: the model has mlp_bias=true"),
+        ({"head_dim": 3, "hidden_size": 36}, "titan: rotary heads of 3 rows have no two halves"),
+    ],
+)
+def test_what_torchtitan_cannot_hold_is_refused(changes, message):
+    with pytest.raises(LayoutError, match=message):
+        layout_of(config_of("a", **changes), "titan")
+
+
+def test_torchtitan_may_hold_heads_without_halves_in_their_own_order():
+    layout = layout_of(config_of("a", head_dim=3, hidden_size=36), "titan", rope="half", dp=5)
+    conformance.check_layout(layout)
+    assert not any(slot.placement.interleaved for slot in layout.slots)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("layers.0.attention.wo.weight", (72, 71), r"is \[72, 71\], but .* makes it \[72, 72\]"),
+        (
+            "layers.1.feed_forward.w13.weight",
+            (3, 222, 72),
+            r"but the config makes it \[2, 222, 72\]",
+        ),
+        ("layers.1.attention.qkv_linear.wqkv.weight", (72, 72), r"makes it \[144, 72\]"),
+        ("norm.weight", (), r"is \[\], but the config makes it \[72\]"),
+    ],
+)
+def test_a_stored_tensor_of_another_shape_is_refused(name, shape, message):
+    model = config_of("a")
+    chunks = {**fused(model, 2), name: held(name, shape, uncut(*shape[:1] or (1,)))}
+    with pytest.raises(LayoutError, match=message) as caught:
+        layout_of(model, "titan", chunks=chunks)
+    assert f"tensor `{name}`" in str(caught.value)
+
+
+def test_a_parameter_under_no_known_name_is_named():
+    model = config_of("a")
+    chunks = {k: v for k, v in fused(model, 2).items() if k != "layers.3.feed_forward.w2.weight"}
+    with pytest.raises(LayoutError, match=r"`layers.3.feed_forward.w2.weight` is missing, under"):
+        layout_of(model, "titan", chunks=chunks)
+
+
 @pytest.mark.parametrize(
     ("name", "chosen", "message"),
     [
+        ("fsdp", {"dp": 2, "tp": 2}, "fsdp: as a target it has a dp axis only"),
+        ("fsdp", {"dp": 2, "pp": 2}, "fsdp: as a target it has a dp axis only"),
+        ("titan", {"dp": 2, "pp": 2}, "titan: as a target it has the axes dp and tp"),
         ("meta", {"tp": 5}, r"meta5: 5 files do not divide .* use one of \[1, 2, 3, 6\]"),
         ("meta", {"tp": 2, "pp": 2}, "tp axis only"),
         ("nanotron", {"tp": 4}, r"tp must divide 12 heads, 6 key-value heads .* does is 6"),

@@ -1,0 +1,110 @@
+"""Models of families that are not known here: moved tensor by tensor, under their own names.
+
+Their config.json is carried as it is; nothing of it is interpreted but what every family has.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from reshard.errors import ConfigError
+from reshard.families.model import DTYPES, Json
+
+# (as the modules of current transformers are named, as the released checkpoints spell it).
+# transformers renames while loading; its conversion table has the same pairs.
+SPELLINGS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "mllama": (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_model.", "vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
+}
+DTYPE_KEYS = ("torch_dtype", "dtype")
+
+
+@dataclass(frozen=True)
+class CarriedConfig:
+    """A model by its config.json alone; `dtype` is that of most of its tensors."""
+
+    model_type: str
+    config: Mapping[str, Json]
+    tied: bool = False
+    dtype: str = "bfloat16"
+
+    def to_json(self) -> dict[str, Json]:
+        """All fields as JSON, for the manifest."""
+        return {
+            "model_type": self.model_type,
+            "config": dict(self.config),
+            "tied": self.tied,
+            "dtype": self.dtype,
+        }
+
+    def describe(self) -> str:
+        """One line on the model."""
+        return f"{self.model_type}: not known here, moved by the names of its tensors"
+
+
+def from_hf(config: Mapping[str, Json], name: str) -> CarriedConfig:
+    """The model of a config.json (`name` is for messages), whatever its family."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(f"`{name}`: model_type is {model_type!r}, expected text")
+    dtype = next((config[key] for key in DTYPE_KEYS if config.get(key)), "bfloat16")
+    return CarriedConfig(
+        model_type,
+        dict(config),
+        tied=_says_tied(config),
+        dtype=dtype if isinstance(dtype, str) and dtype in DTYPES else "bfloat16",
+    )
+
+
+def from_json(record: Mapping[str, Json]) -> CarriedConfig:
+    """The config that `to_json` wrote."""
+    config = record.get("config")
+    if not isinstance(config, dict):
+        raise ConfigError("model config: `config` is not an object")
+    found = from_hf(config, "model config")
+    tied, dtype = record.get("tied"), record.get("dtype")
+    return CarriedConfig(found.model_type, config, tied is True, str(dtype or found.dtype))
+
+
+def to_hf(model: CarriedConfig) -> dict[str, Json]:
+    """config.json as it came, with the dtype that the tensors have now."""
+    return _with_dtype(dict(model.config), model.dtype)
+
+
+def _with_dtype(config: dict[str, Json], dtype: str) -> dict[str, Json]:
+    """A config and those inside it, with another dtype wherever one is named."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            config[key] = _with_dtype(dict(value), dtype)
+        elif key in DTYPE_KEYS and isinstance(value, str):
+            config[key] = dtype
+    return config
+
+
+def _says_tied(config: Mapping[str, Json]) -> bool:
+    """Whether a config, or that of its text model, says that the output is tied."""
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        if isinstance(said := part.get("tie_word_embeddings"), bool):
+            return said
+    return False
+
+
+def published(model_type: str, key: str) -> str:
+    """The released spelling of a tensor's name."""
+    return _respelt(key, SPELLINGS.get(model_type, ()))
+
+
+def current(model_type: str, name: str) -> str:
+    """The name that a tensor has in the modules of current transformers."""
+    return _respelt(name, tuple((old, new) for new, old in SPELLINGS.get(model_type, ())))
+
+
+def _respelt(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    for one, other in table:
+        if name.startswith(one):
+            return other + name.removeprefix(one)
+    return name

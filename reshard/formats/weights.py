@@ -1,0 +1,178 @@
+"""Weights under Hugging Face's names, whatever holds them: which stored key is which parameter."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from reshard import families
+from reshard.errors import CheckpointError
+from reshard.families import Model
+from reshard.families.carried import CarriedConfig, published
+from reshard.families.model import ModelConfig
+from reshard.formats import common
+from reshard.layout import Parameter
+from reshard.placement import Placement, uncut
+
+# What wrappers of modules put into the names of what they wrap, anywhere or in front.
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+LEADING = ("module.", "_forward_module.")
+REFUSED = {
+    "_flat_param": "flat parameters of LOCAL_STATE_DICT, which do not say what is in them; save "
+    "again with SHARDED_STATE_DICT or FULL_STATE_DICT",
+    "flat_param_": "flat parameters of LOCAL_STATE_DICT, which do not say what is in them; save "
+    "again with SHARDED_STATE_DICT or FULL_STATE_DICT",
+    "lora_A": "LoRA adapters; merge them into the model first (PEFT: merge_and_unload)",
+    "lora_embedding_A": "LoRA adapters; merge them into the model first (PEFT: merge_and_unload)",
+    ".base_layer.": "LoRA adapters; merge them into the model first (PEFT: merge_and_unload)",
+}
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+# A buffer that old transformers saved with the weights; it follows from the config.
+UNUSED_SUFFIX = ".rotary_emb.inv_freq"
+NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One stored tensor of a model: its key as stored, dtype and shape."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model found in stored tensors: `kept` by parameter, and under `head` a tied output.
+
+    `assumed` are lines on what the tensors decided.
+    """
+
+    model: Model
+    parameters: tuple[Parameter, ...]
+    kept: Mapping[str, Kept]
+    assumed: tuple[str, ...] = ()
+
+
+def plain_name(key: str) -> str:
+    """A key without what wrappers of modules put into it."""
+    for word in WRAPPERS:
+        key = key.replace(word, "")
+    while key.startswith(LEADING):
+        key = key.partition(".")[2]
+    return key
+
+
+def refuse_foreign(keys: Iterable[str], where: str) -> None:
+    """Refuse keys of what is not the plain weights of a model."""
+    for key in keys:
+        for mark, what in REFUSED.items():
+            if mark in key:
+                raise CheckpointError(f"`{where}`: tensor `{key}` is of {what}")
+
+
+def head_of(model: Model) -> str:
+    """The name of the output's weight."""
+    return published(model.model_type, HEAD)
+
+
+def whole_tensor(parameter: Parameter) -> Placement:
+    """A parameter in one piece."""
+    if not parameter.shape:
+        return Placement((1,), uncut(1), stored=())
+    return Placement(parameter.shape, uncut(parameter.shape[0]))
+
+
+def embedding_of(parameters: Iterable[Parameter]) -> Parameter | None:
+    """The embedding that a tied output is."""
+    return next((item for item in parameters if item.role == "embedding"), None)
+
+
+def identify(stored: Iterable[Kept], model: Model, where: str) -> Weights:
+    """Find the parameters of `model` in stored tensors; what is missing or too many is refused.
+
+    The vocabulary is that of the tensors. A family that is not known has the parameters that are
+    stored, under their released names.
+    """
+    stored = list(stored)
+    refuse_foreign((kept.key for kept in stored), where)
+    kept: dict[str, Kept] = {}
+    for item in stored:
+        name = published(model.model_type, plain_name(item.key))
+        if name.endswith(UNUSED_SUFFIX):
+            continue
+        if name in kept:
+            raise CheckpointError(
+                f"`{where}`: `{kept[name].key}` and `{item.key}` are both the tensor `{name}`"
+            )
+        kept[name] = item
+    if isinstance(model, CarriedConfig):
+        return as_stored(kept, model)
+    return _of_family(kept, model, where)
+
+
+def as_stored(kept: Mapping[str, Kept], model: CarriedConfig) -> Weights:
+    """The parameters of an unknown family; a stored output that is tied is the embedding again."""
+    embeddings = [name for name in kept if name.endswith(EMBEDDING)]
+    embedding, head = embeddings[0] if len(embeddings) == 1 else None, head_of(model)
+    tied = (
+        model.tied
+        and embedding is not None
+        and (head not in kept or kept[head].shape == kept[embedding].shape)
+    )
+    parameters = tuple(
+        Parameter(
+            name,
+            item.shape,
+            "embedding" if name == embedding else "output" if name == head else "other",
+            None,
+            item.dtype,
+        )
+        for name, item in kept.items()
+        if not (tied and name == head)
+    )
+    found = replace(model, tied=tied, dtype=_dtype(item.dtype for item in kept.values()))
+    said = "tensors are moved by name, in the order in which they are stored"
+    return Weights(found, parameters, kept, (f"{model.model_type}: {said}",))
+
+
+def _of_family(kept: Mapping[str, Kept], model: ModelConfig, where: str) -> Weights:
+    """The parameters of a known family, all of which must be there."""
+    assumed: tuple[str, ...] = ()
+    rows = next((kept[name].shape[:1] for name in kept if name.endswith(EMBEDDING)), ())
+    if rows and rows[0] != model.vocab:
+        assumed = (f"vocab_size is {rows[0]} by the tensors, where the config has {model.vocab}",)
+        model = replace(model, vocab=rows[0])
+    expected = families.parameters(model)
+    names = {parameter.name for parameter in expected}
+    if kept and not names & set(kept):
+        raise CheckpointError(
+            f"`{where}`: no tensor has a name of this {model.model_type}, found `{min(kept)}`; "
+            "if the weights are inside another dict, save that one alone"
+        )
+    if missing := [name for name in names if name not in kept]:
+        hint = "; if the output is tied, say src.tied=true" if missing == [HEAD] else ""
+        raise CheckpointError(
+            f"`{where}`: {len(missing)} tensors are missing, first `{min(missing)}`{hint}"
+        )
+    known = names | ({HEAD} if model.tied else set())
+    if extra := [name for name in kept if name not in known]:
+        raise CheckpointError(
+            f"`{where}`: {len(extra)} tensors are not part of this {model.model_type}, "
+            f"first {', '.join(f'`{name}`' for name in sorted(extra)[:NAMES_SHOWN])}"
+        )
+    for parameter in expected:
+        if kept[parameter.name].shape != parameter.shape:
+            raise CheckpointError(
+                f"`{where}`: tensor `{kept[parameter.name].key}` is "
+                f"{list(kept[parameter.name].shape)}, but the config makes it "
+                f"{list(parameter.shape)}"
+            )
+    dtypes = {name: item.dtype for name, item in kept.items()}
+    model = replace(model, dtype=_dtype(dtypes.values()))
+    return Weights(model, common.with_stored_dtypes(expected, dtypes), kept, assumed)
+
+
+def _dtype(dtypes: Iterable[torch.dtype]) -> str:
+    """The dtype of most tensors that hold weights."""
+    return common.dominant_dtype(dtype for dtype in dtypes if dtype.is_floating_point)
