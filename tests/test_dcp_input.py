@@ -233,7 +233,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     ),
     "no config anywhere": (
         lambda p: (p / "config.json").unlink(),
-        r"no config.json beside it; give src.assets=DIR.* or src.model=NAME\|config.json",
+        r"no config.json beside the weights; give src.assets=DIR.* or src.model=NAME\|config.json",
     ),
     "a config that is no JSON": (
         lambda p: (p / "config.json").write_text("{"),

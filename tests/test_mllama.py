@@ -96,7 +96,7 @@ def test_transformers_loads_what_becomes_of_shards(
 def test_a_config_alone_is_enough(sharded: Sharded, saved: dict[Any, Path], tmp_path: Path) -> None:
     config = saved[torch.bfloat16] / "config.json"
     words = move("dcp", sharded("new", torch.bfloat16), "hf", tmp_path / "dst")
-    refused(tmp_path, r"no config.json beside it; give src.assets=DIR", *words)
+    refused(tmp_path, r"no config.json beside the weights; give src.assets=DIR", *words)
     found = done(*words, f"src.model={config}")
     assert "missing: tokenizer, preprocessor (src.assets=DIR" in found.out
     mllama.check_loads(tmp_path / "dst", tiny(torch.bfloat16))

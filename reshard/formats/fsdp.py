@@ -79,16 +79,11 @@ def scan(path: Path, options: Options) -> Scan:
     dcp.require_weights(root, keys, left)
     weights.refuse_foreign(keys, str(root))
     folders = (*dcp.surroundings(path, root), *_trained_from(root))
-    model, origin = common.config_beside(folders, options)
-    if model is None:
-        raise CheckpointError(f"`{root}`: no config.json beside it; {_advice(root)}")
-    if options.tied is not None:
-        model = replace(model, tied=options.tied)
     stored = [
         weights.Kept(name, directory.tensors[key].dtype, directory.tensors[key].shape)
         for name, key in keys.items()
     ]
-    found = weights.identify(stored, model, str(root))
+    found = weights.described(stored, folders, options, str(root), _advice(root))
     chunks = dcp.chunks_of(directory, {name: keys[kept.key] for name, kept in found.kept.items()})
     bare = set(keys) <= set(directory.tensors)
     options = replace(options, chunks=chunks, wrapper="none" if bare else "model")
@@ -100,11 +95,7 @@ def scan(path: Path, options: Options) -> Scan:
         laid_out,
         root,
         replace(options, mesh=Mesh(dp=laid_out.coordinates)),
-        (
-            f"model config from {origin}",
-            *found.assumed,
-            *dcp.mesh_note(mesh, laid_out.coordinates),
-        ),
+        (*found.assumed, *dcp.mesh_note(mesh, laid_out.coordinates)),
         tuple(dict.fromkeys((*left, *dcp.beside(root)))),
         folders=folders,
         # What is not the model's was told apart by its name, which is in `left`.

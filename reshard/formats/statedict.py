@@ -68,16 +68,11 @@ def scan(path: Path, options: Options) -> Scan:
         for key, entry in containers.index(CONTAINER, path, file).entries.items():
             stored.append(weights.Kept(key, entry.dtype, entry.shape))
             places[key] = file
-    folders = (path,)
-    model, origin = common.config_beside(folders, options)
-    if model is None:
-        raise CheckpointError(
-            f"`{path}`: no config.json beside the weights; give src.assets=DIR, the Hugging Face "
-            "directory of the model, or src.model=NAME|config.json"
-        )
-    if options.tied is not None:
-        model = replace(model, tied=options.tied)
-    found = weights.identify(stored, model, str(path))
+    advice = (
+        "give src.assets=DIR, the Hugging Face directory of the model, or "
+        "src.model=NAME|config.json"
+    )
+    found = weights.described(stored, (path,), options, str(path), advice)
     chunks = {
         name: Chunks(kept.key, kept.dtype, kept.shape, uncut(1), ((places[kept.key], 0),))
         for name, kept in found.kept.items()
@@ -90,9 +85,8 @@ def scan(path: Path, options: Options) -> Scan:
         layout(found.parameters, found.model, options),
         path,
         options,
-        (f"model config from {origin}", *found.assumed),
+        found.assumed,
         tuple(sorted(file.name for file in path.glob("optimizer*"))),
-        folders=folders,
         ignored=lambda key: key.endswith(weights.UNUSED_SUFFIX),
     )
 

@@ -1,7 +1,8 @@
 """Weights under Hugging Face's names, whatever holds them: which stored key is which parameter."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from reshard.families import Model
 from reshard.families.carried import CarriedConfig, published
 from reshard.families.model import ModelConfig
 from reshard.formats import common
+from reshard.formats.options import Options
 from reshard.layout import Parameter
 from reshard.placement import Placement, uncut
 
@@ -86,6 +88,22 @@ def whole_tensor(parameter: Parameter) -> Placement:
 def embedding_of(parameters: Iterable[Parameter]) -> Parameter | None:
     """The embedding that a tied output is."""
     return next((item for item in parameters if item.role == "embedding"), None)
+
+
+def described(
+    stored: Iterable[Kept], folders: Sequence[Path], options: Options, where: str, advice: str
+) -> Weights:
+    """The model of stored tensors, by the config that was named or lies in `folders`.
+
+    Without one the checkpoint is refused, with `advice`.
+    """
+    model, origin = common.config_beside(folders, options)
+    if model is None:
+        raise CheckpointError(f"`{where}`: no config.json beside the weights; {advice}")
+    if options.tied is not None:
+        model = replace(model, tied=options.tied)
+    found = identify(stored, model, where)
+    return replace(found, assumed=(f"model config from {origin}", *found.assumed))
 
 
 def identify(stored: Iterable[Kept], model: Model, where: str) -> Weights:
