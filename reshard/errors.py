@@ -25,6 +25,10 @@ class CheckpointError(ReshardError):
     exit_code = 2
 
 
+class UndescribedError(CheckpointError):
+    """Weights are there, but no config says of which model."""
+
+
 class StorageError(ReshardError):
     """Reading, writing or publishing failed in a way that trying again may mend."""
 

@@ -2,17 +2,19 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reshard import assets, formats
 from reshard.assets import Readiness
-from reshard.errors import CheckpointError, ConfigError, LayoutError
+from reshard.errors import CheckpointError, ConfigError, LayoutError, UndescribedError
+from reshard.families.carried import CarriedConfig
 from reshard.formats import common
 from reshard.formats.options import Options, Scan
 from reshard.units import size_text
 
 STEP_BYTES = 4 << 20
+UNKNOWN = "unknown"
 CONFIGS = (common.CONFIG, "params.json", "model_config.json")
 
 
@@ -42,8 +44,15 @@ class Findings:
             f"{self.path}: {name}",
             *(_lines(self.scan) if self.scan is not None else ()),
             *(f"  PROBLEM     {line}" for line in self.problems),
-            f"  health      {'damaged' if self.problems else 'good'}",
+            f"  health      {self._health()}",
         ]
+
+    def _health(self) -> str:
+        """In a word, whether it can be used."""
+        if not self.problems:
+            return "good"
+        undescribed = self.scan is not None and self.scan.model.model_type == UNKNOWN
+        return "good, but its model is not known" if undescribed else "damaged"
 
 
 def inspect(path: Path, options: Options, *, checksums: bool = False) -> Findings:
@@ -52,13 +61,23 @@ def inspect(path: Path, options: Options, *, checksums: bool = False) -> Finding
     problems: list[str] = []
     scan = None
     try:
-        scan = known.scan(path, options)
+        scan = _scan(known, path, options, problems)
         common.check_headers(scan, scan.layout.files)
     except (CheckpointError, LayoutError, ConfigError) as error:
         problems.append(str(error))
     if checksums:
         problems += _checklist(path)
     return Findings(path, known.NAME, scan, tuple(problems))
+
+
+def _scan(known: formats.Format, path: Path, options: Options, problems: list[str]) -> Scan:
+    """The checkpoint; that no config describes its model is a problem, but not the end."""
+    try:
+        return known.scan(path, options)
+    except UndescribedError as error:
+        problems.append(str(error))
+        by_name = replace(options, model=CarriedConfig(UNKNOWN, {}))
+        return replace(known.scan(path, by_name), assumed=())
 
 
 def _facts(scan: Scan) -> dict[str, object]:

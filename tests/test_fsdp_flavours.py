@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 from collections import OrderedDict
@@ -658,3 +659,15 @@ def test_titan_is_written_as_asked_for(keys: str, rope: str, tmp_path: Path) -> 
     check(tmp_path / "dst")
     told = json.loads(done("inspect", tmp_path / "run", f"src.rope={rope}", "--json").out)
     assert told["rope"] == f"{rope} rows"
+
+
+def test_inspect_tells_the_tensors_of_a_model_that_no_config_describes(tmp_path: Path) -> None:
+    dcp.write_fsdp(model(), tmp_path / "src", 3)
+    told = call("inspect", tmp_path / "src")
+    assert told.code == 1
+    assert re.search(r"PROBLEM .*no config.json beside the weights; give src.assets", told.out)
+    assert "health      good, but its model is not known\n" in told.out
+    assert "assumed" not in told.out
+    found = json.loads(call("inspect", tmp_path / "src", "--json").out)
+    assert found["parameters"] == sum(tensor.numel() for tensor in model().tensors.values())
+    assert (found["family"], found["layout"], found["healthy"]) == ("unknown", "fsdp3", False)

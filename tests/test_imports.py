@@ -99,7 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "storage",
         "units",
     },
-    "inspect": {"assets", "errors", "formats", "units"},
+    "inspect": {"assets", "errors", "families", "formats", "units"},
     "demo": {"config", "distributed", "errors", "families", "formats", "job"},
     "cli": {
         "buffers",

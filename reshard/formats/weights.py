@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from reshard import families
-from reshard.errors import CheckpointError
+from reshard.errors import CheckpointError, UndescribedError
 from reshard.families import Model
 from reshard.families.carried import CarriedConfig, published
 from reshard.families.model import ModelConfig
@@ -99,7 +99,7 @@ def described(
     """
     model, origin = common.config_beside(folders, options)
     if model is None:
-        raise CheckpointError(f"`{where}`: no config.json beside the weights; {advice}")
+        raise UndescribedError(f"`{where}`: no config.json beside the weights; {advice}")
     if options.tied is not None:
         model = replace(model, tied=options.tied)
     found = identify(stored, model, where)
