@@ -5,6 +5,7 @@ journalled run, by a constant, or by declared padding. Checksums are combined fr
 runs; nothing is read back.
 """
 
+import contextlib
 import os
 import struct
 from bisect import bisect_left
@@ -22,10 +23,11 @@ from reshard.formats import common
 from reshard.geometry import row_major
 from reshard.journal import Record
 from reshard.layout import Content, Layout, StoredTensor
-from reshard.storage import Files, create, explained, sync, write_small
+from reshard.storage import Files, create, explained, sync
 
 MANIFEST_VERSION = 1
 ZEROS = bytes(1 << 20)
+OFFSETS_KEPT = 40_000  # about 200 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,11 @@ class TargetPlaces:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self.skeleton = lru_cache(maxsize=64)(self._skeleton)
-        self._offsets = lru_cache(maxsize=1024)(self._only_offsets)
+        per_file = len(layout.contents(layout.files[0])) if layout.files else 1
+        self.skeleton = lru_cache(maxsize=8)(self._skeleton)
+        self._offsets = lru_cache(maxsize=max(8, OFFSETS_KEPT // max(per_file, 1)))(
+            self._only_offsets
+        )
 
     def _skeleton(self, file: str) -> Skeleton:
         specs = [
@@ -195,37 +200,25 @@ def file_record(extents: Sequence[Extent]) -> dict[str, object]:
     return {"size": position, "crc32": crc, "extents": [extent.to_json() for extent in extents]}
 
 
-def small_record(data: bytes) -> dict[str, object]:
-    """A small file as the manifest has it."""
-    return file_record([Extent(0, len(data), "text", isal_zlib.crc32(data))] if data else [])
-
-
 def manifest(body: Mapping[str, object]) -> bytes:
     """reshard.json, with a checksum over everything else in it."""
     record = {**body, "version": MANIFEST_VERSION}
     return common.dump_json({**record, "crc32": isal_zlib.crc32(common.dump_json(record))})
 
 
-def write_pieces(path: Path, pieces: Iterable[bytes], *, fsync: bool) -> dict[str, object]:
+def write_pieces(
+    path: Path, pieces: Iterable[bytes], what: str, *, fsync: bool
+) -> dict[str, object]:
     """Write a file piece by piece; its record for the manifest."""
     position, crc = 0, 0
     create(path, 0, ())
-    files = Files(path.parent, os.O_WRONLY)
-    for piece in filter(None, pieces):
-        files.write(path.name, position, [memoryview(piece)])
-        position, crc = position + len(piece), isal_zlib.crc32(piece, crc)
-    files.close()
+    with contextlib.closing(Files(path.parent, os.O_WRONLY)) as files:
+        for piece in filter(None, pieces):
+            files.write(path.name, position, [memoryview(piece)])
+            position, crc = position + len(piece), isal_zlib.crc32(piece, crc)
     if fsync:
         sync(path)
-    return file_record([Extent(0, position, "header", crc)])
-
-
-def write_texts(data: Path, texts: Mapping[str, bytes], *, fsync: bool) -> None:
-    """Write the small files of the target."""
-    for name, content in texts.items():
-        write_small(data / name, content)
-        if fsync:
-            sync(data / name)
+    return file_record([Extent(0, position, what, crc)] if position else [])
 
 
 def sync_directories(root: Path) -> None:

@@ -52,8 +52,8 @@ CHOICES = {
     "dtype": tuple(DTYPES),
     "embedding_dim": ("auto", "0", "1"),
     "rope": ("auto", "interleaved", "half"),
-    "keys": ("current", "older"),
-    "wrapper": ("model", "none"),
+    "keys": ("auto", "current", "older"),
+    "wrapper": ("auto", "model", "none"),
 }
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -82,8 +82,8 @@ class TopologyConfig:
     rope_interleaved: bool | None = None
     vocab_multiple: int | None = None
     rope: str = "auto"
-    keys: str = "current"
-    wrapper: str = "model"
+    keys: str = "auto"
+    wrapper: str = "auto"
 
 
 @dataclass
@@ -309,8 +309,8 @@ def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
         vocab_multiple=config.vocab_multiple,
         model=read_model(config.model) if config.model else None,
         rope=None if config.rope == "auto" else config.rope,
-        keys=config.keys,
-        wrapper=config.wrapper,
+        keys=None if config.keys == "auto" else config.keys,
+        wrapper=None if config.wrapper == "auto" else config.wrapper,
     )
     if isinstance(config, SourceConfig):
         assets = Path(config.assets).expanduser() if config.assets else None

@@ -82,6 +82,7 @@ class _Run:
         counters = Counters()
         warnings: list[str] = []
         with contextlib.ExitStack() as stack:
+            ranks.together(self._check_place)
             ranks.together(lambda: stack.enter_context(self._locked()))
             state = ranks.gather(ranks.together(lambda: self._begin(force)))[0]
             if state is not State.DONE:
@@ -97,6 +98,11 @@ class _Run:
         """The lock of the target, which rank 0 holds for all."""
         return self.workspace.locked() if self.ranks.rank == 0 else contextlib.nullcontext()
 
+    def _check_place(self) -> None:
+        """Refuse, before anything is made, a place in which the target would be of no use."""
+        if self.ranks.rank == 0 and not self.workspace.finished():
+            self.prepared.target_format.check_place(self.workspace.target.parent)
+
     def _begin(self, force: bool) -> State:
         """Rank 0, whose answer counts, looks at the target and makes the partial directory."""
         if self.ranks.rank != 0:
@@ -105,7 +111,6 @@ class _Run:
         size = commit.TargetPlaces(self.plan.target).size()
         state = self.workspace.begin(force=force)
         if state is not State.DONE:
-            self.prepared.target_format.check_place(path.parent)
             require_space(path.parent, size, allocated_bytes(self.workspace.data))
             self.workspace.make()
         return state
@@ -249,14 +254,14 @@ class _Run:
         self, places: commit.TargetPlaces, records: dict[str, dict[str, object]], fsync: bool
     ) -> int:
         """Write the small files and the manifest, and give the directory its name."""
-        prepared = self.prepared
-        texts = small_files(prepared, self.scan)
+        prepared, data = self.prepared, self.workspace.data
         closing = prepared.target_format.closing_files(
             prepared.target, prepared.target_options, places.skeleton
         )
-        closed = {
-            name: commit.write_pieces(self.workspace.data / name, pieces, fsync=fsync)
-            for name, pieces in closing.items()
+        small = {
+            name: commit.write_pieces(data / name, pieces, what, fsync=fsync)
+            for what, group in (("text", small_files(prepared, self.scan)), ("header", closing))
+            for name, pieces in group.items()
         }
         body = {
             "job": self.workspace.digest,
@@ -274,19 +279,15 @@ class _Run:
             "notes": list(prepared.notes),
             "left_behind": list(self.scan.left_behind),
             "libraries": library_versions(),
-            "files": {
-                **records,
-                **closed,
-                **{name: commit.small_record(data) for name, data in texts.items()},
-            },
+            "files": {**records, **small},
         }
-        texts = {**texts, common.MANIFEST: commit.manifest(body)}
-        commit.write_texts(self.workspace.data, texts, fsync=fsync)
+        listed = commit.manifest(body)
+        commit.write_pieces(data / common.MANIFEST, (listed,), "text", fsync=fsync)
         if fsync:
-            commit.sync_directories(self.workspace.data)
+            commit.sync_directories(data)
+        written = sum((data / name).stat().st_size for name in (*small, common.MANIFEST))
         self.workspace.publish(fsync=fsync)
-        listed = sum((self.workspace.target / name).stat().st_size for name in closed)
-        return listed + sum(map(len, texts.values()))
+        return written
 
     def _report(
         self, state: State, seconds: dict[str, float], counters: Counters, warnings: list[str]

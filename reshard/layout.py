@@ -6,7 +6,7 @@ table of slots, and stored tensors are made on demand.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -205,7 +205,7 @@ class Layout:
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for slot, shard in self.members(file):
             shape = slot.placement.stored_shape(shard)
-            if slot.boxed and not math.prod(shape):
+            if slot.boxed and not slot.placement.box(shard).numel:
                 continue
             key, held = slot.key_of(shard), slot.placement.regions(shard)
             tensors[key] = (slot.dtype, shape)
@@ -249,11 +249,6 @@ class Layout:
     def total_bytes(self) -> int:
         """Bytes of all stored tensors, padding and constants included."""
         return sum(content.nbytes for file in self.files for content in self.contents(file))
-
-
-def with_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
-    """The same layout with every stored tensor of `dtype`."""
-    return replace(layout, slots=tuple(replace(slot, dtype=dtype) for slot in layout.slots))
 
 
 def check_covered(layout: Layout) -> None:

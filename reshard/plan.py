@@ -117,7 +117,9 @@ class Plan:
         """The rows at which the blocks of `parameter` begin, and its end."""
         slots = self.source.places[parameter] + self.target.places[parameter]
         shape = slots[0].placement.shape
-        row_numel = max(1, whole(shape[1:]).numel)
+        row_numel = whole(shape[1:]).numel
+        if not shape[0] * row_numel:
+            return (0,)
         itemsize = max(slot.dtype.itemsize for slot in slots)
         grain = max(1, *(slot.placement.interleaved for slot in slots))
         rows = max(1, self.block_bytes // (row_numel * itemsize) // grain) * grain
@@ -320,12 +322,13 @@ class Plan:
             if self.writers == "owner":
                 turn = self._turn(name), slots[0][0].coordinate_of(0)
             alike[turn, _geometry(slots[0]), _geometry(slots[1])] = name
-        return max(
+        loads = (
             load.largest()
             for name in alike.values()
             for block in self.blocks(name)
             for load in loads_of(self.move(block), align).values()
         )
+        return max(loads, default=0)
 
     def digest(self, job: str) -> str:
         """What all ranks must agree on before a byte moves; `job` is the digest of the job."""
@@ -336,7 +339,9 @@ class Plan:
         """A digest of the two layouts and the block table, independent of ranks and mode."""
         record = hashlib.sha256()
         for layout in (self.source, self.target):
-            record.update(repr((layout.container, layout.slots, layout.constants)).encode())
+            record.update(repr((layout.container, layout.constants)).encode())
+            for slot in layout.slots:
+                record.update(repr(slot).encode())
         record.update(repr([self.row_bounds(name) for name in self.names]).encode())
         return record.hexdigest()
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from reshard.families import Model
 from reshard.families.model import ModelConfig
 from reshard.formats.options import Options, Scan
 from reshard.layout import Layout, Parameter, check_covered, check_same_parameters
+from reshard.placement import Boxes
 from reshard.plan import Plan
-from reshard.storage import explained
 from reshard.units import size_text
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +138,10 @@ def _imagined(side: Side) -> _Source:
             f"src.model: the model type {model.model_type} is not known, so that its tensors "
             "are known only from a checkpoint; give src.path=DIR"
         )
+    known = formats.named(side.format)
+    _require_known_keys(side, "src", known, set(known.SOURCE_KEYS))
     parameters = tuple(families.parameters(model))
-    layout = formats.named(side.format).layout(parameters, model, side.options)
+    layout = known.layout(parameters, model, side.options)
     return _Source(model, parameters, layout, (), None)
 
 
@@ -147,12 +149,23 @@ def _cast(source: _Source, dtype: torch.dtype | None) -> tuple[Model, tuple[Para
     """The model and its parameters in the target's dtype; what is no weight keeps its own."""
     if dtype is None:
         return source.model, source.parameters
+    narrow = next((part for part in source.parameters if _is_quantised(part.dtype)), None)
+    if narrow is not None:
+        raise LayoutError(
+            f"dst.dtype: `{narrow.name}` is {str(narrow.dtype).removeprefix('torch.')}, which "
+            "means nothing without its scales; dst.dtype=keep moves it as it is"
+        )
     parameters = (
         replace(parameter, dtype=dtype) if parameter.dtype.is_floating_point else parameter
         for parameter in source.parameters
     )
     model = replace(source.model, dtype=str(dtype).removeprefix("torch."))
     return model, tuple(parameters)
+
+
+def _is_quantised(dtype: torch.dtype) -> bool:
+    """Whether values of a floating dtype are codes that a scale makes numbers."""
+    return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def _dtype_notes(stored: str, dtype: torch.dtype | None, target: Layout) -> tuple[str, ...]:
@@ -200,6 +213,11 @@ def _target(config: JobConfig) -> tuple[formats.Format, Options, torch.dtype | N
         raise ConfigError(
             f"dst.like: `{config.like}` is {scan.layout.name}, but --dst says {side.format}"
         )
+    if any(isinstance(slot.placement.cut, Boxes) for slot in scan.layout.slots):
+        raise ConfigError(
+            f"dst.like: `{config.like}` is not cut along dim 0 alone, and its files do not name "
+            "the mesh; name a topology, like titan8 with dst.mesh.tp=2"
+        )
     taken = replace(
         side.options,
         mesh=scan.options.mesh,
@@ -207,8 +225,9 @@ def _target(config: JobConfig) -> tuple[formats.Format, Options, torch.dtype | N
         if side.options.embedding_dim is None
         else side.options.embedding_dim,
         rope_interleaved=scan.options.rope_interleaved,
-        wrapper=side.options.wrapper if "wrapper" in side.given else scan.options.wrapper,
-        keys=side.options.keys if "keys" in side.given else scan.options.keys,
+        wrapper=side.options.wrapper or scan.options.wrapper,
+        keys=side.options.keys or scan.options.keys,
+        rope=side.options.rope or scan.options.rope,
     )
     return sample, taken, side.dtype or getattr(torch, scan.model.dtype)
 
@@ -230,17 +249,16 @@ def _carried(scan: Scan, target: formats.Format) -> dict[str, Path]:
     return assets.carried(folders, formats.asset_names(), target.ASSETS)
 
 
-def small_files(prepared: Prepared, scan: Scan) -> dict[str, bytes]:
-    """The texts of the target, and the small files carried from the source, by name."""
-    carried = _carried(scan, prepared.target_format)
+def small_files(prepared: Prepared, scan: Scan) -> dict[str, Iterable[bytes]]:
+    """The texts of the target, and the small files carried from the source, by name, in pieces."""
     made = prepared.target_format.side_files(
         prepared.target_model, prepared.target, prepared.target_options
     )
-    texts = dict(made)
-    for name, path in carried.items():
-        with explained("read", path):
-            texts[name] = path.read_bytes()
-    return texts
+    carried = _carried(scan, prepared.target_format)
+    return {
+        **{name: (data,) for name, data in made.items()},
+        **{name: assets.pieces_of(path) for name, path in carried.items()},
+    }
 
 
 def job_digest(prepared: Prepared, plan: Plan) -> str:
@@ -250,7 +268,10 @@ def job_digest(prepared: Prepared, plan: Plan) -> str:
         for file in prepared.scan.layout.files:
             status = os.stat(prepared.scan.root / file)
             record.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
-        record.update(repr(sorted(small_files(prepared, prepared.scan).items())).encode())
+        for name, pieces in sorted(small_files(prepared, prepared.scan).items()):
+            record.update(repr(name).encode())
+            for piece in pieces:
+                record.update(piece)
     strict = prepared.config.strict_replicas
     record.update(repr((CODE_VERSION, prepared.target.files, strict)).encode())
     return record.hexdigest()

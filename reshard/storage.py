@@ -139,13 +139,6 @@ def create(path: Path, size: int, chunks: Sequence[tuple[int, bytes]]) -> None:
             os.close(descriptor)
 
 
-def write_small(path: Path, data: bytes) -> None:
-    """Write a small file at once."""
-    with explained("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
 def sync(path: Path) -> None:
     """Bring a file or a directory to the disk."""
     with explained("sync", path):

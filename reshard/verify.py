@@ -38,7 +38,13 @@ class Span:
 
 
 def against_manifest(path: Path, ranks: Ranks) -> list[str]:
-    """Compare every byte with reshard.json; a VerifyError names file, tensor and byte range."""
+    """Compare every byte with reshard.json; a VerifyError names file, tensor and byte range.
+
+    `path` may be the dst.path of a target that is published in a folder below it.
+    """
+    below = (path / known.FOLDER for known in formats.formats().values() if known.FOLDER)
+    if not (path / common.MANIFEST).is_file():
+        path = next((one for one in below if (one / common.MANIFEST).is_file()), path)
     spans, sizes = _spans(path)
     problems = _sizes_wrong(path, sizes) if ranks.rank == 0 else []
     intact = {

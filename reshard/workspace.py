@@ -74,6 +74,9 @@ class Workspace:
     def locked(self) -> Iterator[None]:
         """Hold the lock, or refuse; its file goes with it."""
         path = self._beside("lock")
+        blocked = next((p for p in path.parents if os.path.lexists(p) and not p.is_dir()), None)
+        if blocked is not None:
+            raise ConfigError(f"`{blocked}`: is not a directory; choose another dst.path")
         with explained("create", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -90,7 +93,7 @@ class Workspace:
 
     def begin(self, *, force: bool) -> State:
         """Look at what is there; refuse what must not be touched, discard what --force gives up."""
-        if self._finished():
+        if self.finished():
             shutil.rmtree(self.partial, ignore_errors=True)
             return State.DONE
         self._refuse_existing(force=force)
@@ -110,7 +113,7 @@ class Workspace:
             self.data.mkdir(parents=True, exist_ok=True)
             self.journals.mkdir(exist_ok=True)
 
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
         """Whether the target is the finished result of this very job."""
         manifest = self.target / common.MANIFEST
         if not manifest.is_file():

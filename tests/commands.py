@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from reshard import containers
 from reshard.cli import main
 from tests.oracles import hf, meta, models, nanotron
 from tests.oracles.models import Model
@@ -42,8 +41,7 @@ class Outcome:
 
 
 def call(*argv: object) -> Outcome:
-    """Run one command as a process of its own would."""
-    getattr(containers.index, "cache_clear", lambda: None)()
+    """Run one command."""
     with (
         contextlib.redirect_stdout(io.StringIO()) as out,
         contextlib.redirect_stderr(io.StringIO()) as err,

@@ -179,11 +179,13 @@ def test_present_files_are_named_by_their_place(tmp_path):
     [
         ({"model": {"vocab": {"a": 0, "b": 1}}}, 2),
         ({"model": {"vocab": {"a": 7}}}, 8),
-        ({"model": {"vocab": {}}}, 0),
+        ({"model": {"vocab": {}}}, None),
         ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 5}, {"id": 2}]}, 6),
         ({"model": {"vocab": {"a": 9}}, "added_tokens": [{"id": 5}]}, 10),
         ({"model": {"vocab": {"a": 1}}, "added_tokens": [{"id": "x"}, 3, {}, None]}, 2),
-        ({"model": {"vocab": {"a": 1, "b": "two"}}, "added_tokens": {"id": 8}}, 2),
+        ({"added_tokens": [{"id": 8, "special": True}], "model": {"vocab": {"a": 1}}}, 9),
+        ({"padding": {"pad_id": 70}, "model": {"vocab": {"a": 1}, "merges": [["a", "b"]]}}, 2),
+        ({"model": {"vocab": {f"t{n}": n for n in range(90_000)}, "merges": []}}, 90_000),
         ({"model": {"vocab": ["a", "b"]}}, None),
         ({"model": []}, None),
         ({}, None),
@@ -216,9 +218,9 @@ def test_without_a_tokenizer_there_is_no_count(tmp_path):
 def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     fill(tmp_path, "tokenizer.json")
 
-    def refuse(path):
+    def refuse(path, *mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(StorageError, match=r"tokenizer.json"):
         tokens_of(tmp_path)

@@ -336,7 +336,7 @@ POINTS = {
     "laying out": "reshard.commit:lay_out",
     "moving": WRITE,
     "finishing": "reshard.commit:finish_file",
-    "writing small files": "reshard.commit:write_texts",
+    "writing small files": "reshard.commit:write_pieces",
     "publishing": "reshard.workspace:Workspace.publish",
     "cleaning up": "reshard.workspace:shutil.rmtree",
 }

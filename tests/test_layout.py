@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from reshard.errors import LayoutError
 from reshard.geometry import Region, Window, disjoint, row_major, whole
-from reshard.layout import Layout, Slot, check_covered, check_same_parameters, with_dtype
+from reshard.layout import Layout, Slot, check_covered, check_same_parameters
 from reshard.placement import Boxes, Cut, Placement, chunked, uncut
 from tests import conformance
 from tests.layouts import (
@@ -192,14 +192,6 @@ def test_copies_of_a_random_layout_are_numbered_without_a_gap_or_a_clash(pair):
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_copies_are_numbered_without_a_gap_or_a_clash(case: Case):
     conformance.check_parameters(case.layout())
-
-
-def test_a_layout_of_another_dtype_keeps_all_but_the_dtype():
-    layout = layout_of(config_of("b"), "meta", tp=3)
-    other = with_dtype(layout, torch.float32)
-    assert {slot.dtype for slot in other.slots} == {torch.float32}
-    assert with_dtype(other, torch.bfloat16) == layout
-    assert other.total_bytes() == 2 * layout.total_bytes()
 
 
 def test_files_are_made_from_templates_with_braces_and_with_shards():

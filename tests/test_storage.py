@@ -22,7 +22,6 @@ from reshard.storage import (
     read_bytes,
     require_space,
     sync,
-    write_small,
 )
 
 DATA = bytes(range(256)) * 8
@@ -275,13 +274,6 @@ def test_create_goes_on_after_a_short_write(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b"abcdefgh"
 
 
-def test_small_files_get_their_folder(tmp_path):
-    write_small(tmp_path / "a" / "b", b"text")
-    assert (tmp_path / "a" / "b").read_bytes() == b"text"
-    with pytest.raises(StorageError, match="b/c`: cannot write: "):
-        write_small(tmp_path / "a" / "b" / "c", b"text")
-
-
 def test_a_target_that_does_not_fit_is_refused_before_it_is_begun(tmp_path):
     require_space(tmp_path, 1000, 0)
     with pytest.raises(ConfigError, match=r"dst.path: needs 1,152,921,504,606,846,976 bytes, but"):
@@ -290,7 +282,8 @@ def test_a_target_that_does_not_fit_is_refused_before_it_is_begun(tmp_path):
 
 
 def test_allocated_bytes_are_those_on_the_disk(tmp_path):
-    write_small(tmp_path / "a" / "b", bytes(10_000))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(bytes(10_000))
     before = allocated_bytes(tmp_path)
     assert before >= 10_000
     create(tmp_path / "hole", 1 << 30, [])

@@ -4,10 +4,15 @@ Each container is a module with the same two names:
 
     index(root, file)             where each stored tensor of a file lies; no tensor byte is read
     skeleton(tensors, metadata)   every byte of a new file that is not tensor data, and its size
+
+and, where the index of a file depends on another one in the same directory,
+
+    BESIDE                        the name of that file
 """
 
 import importlib
 import pkgutil
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -17,6 +22,8 @@ from types import ModuleType
 import torch
 
 from reshard.errors import CheckpointError
+
+Version = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +38,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class FileIndex:
-    """The stored tensors of one file by key, and the text metadata of its header."""
+    """The stored tensors of one file by key, and the text metadata of its header.
+
+    `others` are what else lies beside the tensors: at most 100 keys, sorted, as `shown`.
+    """
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +84,38 @@ def _modules() -> Mapping[str, ModuleType]:
     return {name: module for name, module in found.items() if hasattr(module, "skeleton")}
 
 
-@lru_cache(maxsize=256)
 def index(container: str, root: Path, file: str) -> FileIndex:
-    """Where each stored tensor of `root / file` lies, a file of `container` (a module's name)."""
-    if not (root / file).is_file():
+    """Where each stored tensor of `root / file` lies, a file of `container` (a module's name).
+
+    A file is read once, and again when it was written since.
+    """
+    now = version(root / file)
+    if now is None:
         raise CheckpointError(f"`{root / file}`: no such file")
+    beside: str | None = getattr(_modules()[container], "BESIDE", None)
+    return _index(container, root, file, (now, version(root / beside) if beside else None))
+
+
+@lru_cache(maxsize=256)
+def _index(
+    container: str, root: Path, file: str, _versions: tuple[Version | None, ...]
+) -> FileIndex:
+    """`index`, once for each version of the file and of the one beside it."""
     found: FileIndex = _modules()[container].index(root, file)
     return found
+
+
+def version(path: Path) -> Version | None:
+    """What changes when a file is written again: size, time and inode; None where there is none."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"`{path}`: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def skeleton(

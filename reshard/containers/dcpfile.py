@@ -9,6 +9,7 @@ Where items lie is up to `.metadata` (see `dcpmetadata`); torch leaves no zeros 
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +21,11 @@ from reshard.containers import (
     FileIndex,
     Skeleton,
     TensorSpec,
+    Version,
     dcpmetadata,
     tensorpickle,
     torchzip,
+    version,
 )
 from reshard.containers.dcpmetadata import Stored
 from reshard.containers.torchfile import check_extent
@@ -30,6 +33,7 @@ from reshard.containers.torchzip import Archive, Range
 from reshard.errors import CheckpointError
 from reshard.geometry import row_major
 
+BESIDE = dcpmetadata.NAME
 _ALIGNMENT = 64
 
 
@@ -47,6 +51,7 @@ class _Entries(Mapping[str, Entry]):
 
     def __init__(self, root: Path, file: str) -> None:
         self._root, self._file, self._directory = root, file, dcpmetadata.read(root)
+        self._version = version(root / file)
 
     def __iter__(self) -> Iterator[str]:
         return (item.key for item in self._directory.items(self._file))
@@ -61,14 +66,23 @@ class _Entries(Mapping[str, Entry]):
         item = self._directory.find(key, self._file)
         if item is None:
             raise KeyError(key)
-        return _opened(self._root, self._file, item, self._directory.tensors[item.fqn].dtype)
+        dtype = self._directory.tensors[item.fqn].dtype
+        return _opened(self._root, self._file, self._version, item, dtype)
 
 
 @lru_cache(maxsize=4096)
-def _opened(root: Path, file: str, item: Stored, dtype: torch.dtype) -> Entry:
-    """The entry of one item, by what its zip says."""
+def _opened(
+    root: Path, file: str, _version: Version | None, item: Stored, dtype: torch.dtype
+) -> Entry:
+    """The entry of one item, by what its zip says; once for each version of the file."""
     try:
         with (root / file).open("rb") as opened:
+            held = os.fstat(opened.fileno()).st_size
+            if item.offset + item.length > held:
+                raise ValueError(
+                    f"the file is truncated: {held} bytes, expected {item.offset + item.length}; "
+                    "copy it again"
+                )
             return _entry(item, dtype, Range(opened, item.offset, item.length))
     except OSError as error:
         raise CheckpointError(f"`{file}`: cannot be read: {error.strerror}") from error

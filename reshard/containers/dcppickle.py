@@ -46,6 +46,8 @@ _NAMES = frozenset(
     | {"torch Size", "torch.serialization _get_layout", "collections OrderedDict"}
 )
 _MAX_DIMS = 8
+_MAX_LEVELS = 100
+_MAX_NAME = 1024  # in characters: one text of a pickle may be named by each of its items
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Content:
 def read(pickled: bytes) -> Content:
     """What a `.metadata` says; ValueError for what torch does not write."""
     metadata = _fields(_Machine(pickled).run(), _METADATA)
-    content = Content()
+    content, chunks = Content(), 0
     for key, described in _dict(metadata.get("state_dict_metadata"), "state_dict_metadata").items():
         fqn = _fqn(key)
         if isinstance(described, Built) and described.name == _BYTES:
@@ -90,6 +92,10 @@ def read(pickled: bytes) -> Content:
             content.tensors[fqn] = _tensor(described)
         except ValueError as error:
             raise ValueError(f"tensor `{fqn}`: {error}") from error
+        chunks += len(content.tensors[fqn].chunks)
+        # One list of a pickle may be named by each of its tensors.
+        if chunks > len(pickled):
+            raise ValueError(f"has more than {len(pickled)} chunks in as many bytes")
     # Planners of others may put anything there; only a dict by fqn says something here.
     planned = metadata.get("planner_data")
     for fqn, path in planned.items() if isinstance(planned, dict) else ():
@@ -113,7 +119,7 @@ class _Machine(Machine):
                 case "torch.serialization _get_layout", (str() as layout,):
                     return layout
                 case "collections OrderedDict", ():
-                    return {}
+                    return self.empty_dict()
                 case name, _ if name in _PATHS or name in _ENUMS:
                     return None
                 case name, (Global() as kind, str()) if name in _GETATTR and kind.name in _ENUMS:
@@ -143,6 +149,8 @@ def _fqn(key: object) -> str:
     if not isinstance(key, str) or not key.isprintable():
         name = shown(key) if isinstance(key, str) else type(key).__name__
         raise ValueError(f"the key `{name}` of a tensor is not printable text")
+    if len(key) > _MAX_NAME:
+        raise ValueError(f"the key `{shown(key)}...` of a tensor has {len(key)} characters")
     return key
 
 
@@ -182,10 +190,16 @@ def _sizes(values: object) -> tuple[int, ...]:
 
 
 def _path(fqn: str, path: tuple[object, ...]) -> tuple[str | int, ...]:
-    for key in path:
-        if not isinstance(key, (str, int)):
-            raise ValueError(f"the path of `{shown(fqn)}` in its `planner_data` is not of names")
+    if len(path) > _MAX_LEVELS or not all(map(_is_key, path)):
+        raise ValueError(f"the path of `{shown(fqn)}` in its `planner_data` is not of names")
     return path  # type: ignore[return-value]
+
+
+def _is_key(key: object) -> bool:
+    """Whether a value may stand in a path: an integer, or text that can be printed."""
+    return isinstance(key, int) or (
+        isinstance(key, str) and len(key) <= _MAX_NAME and key.isprintable()
+    )
 
 
 def _add_place(places: dict[str, Place], index: object, stored: object) -> None:
@@ -194,6 +208,8 @@ def _add_place(places: dict[str, Place], index: object, stored: object) -> None:
     fqn, offset = identity.get("fqn"), identity.get("offset")
     if offset is None or not isinstance(fqn, str):
         return
+    if len(fqn) > _MAX_NAME:
+        raise ValueError(f"the item `{shown(fqn)}...` has a name of {len(fqn)} characters")
     name = item_name(fqn, _sizes(offset))
     if name in places:
         raise ValueError(f"the item `{shown(name)}` appears twice in its `storage_data`")

@@ -5,8 +5,9 @@ reads and hashes whatever it is given. `Machine` runs the opcodes that data need
 5); a name in a pickle becomes a `Global`, which stands for nothing but itself, and what a call
 would give is said by `reduced()` of a subclass. Nothing here could look up or call a name.
 
-Time and memory are bounded by the length of the pickle: an opcode takes a constant time and at most
-about 80 bytes, a length is checked against what is left, and no value is traversed.
+Time and memory are bounded by the length of the pickle: an opcode takes a constant time, a length
+is checked against what is left, and no value is traversed. Containers, which opcodes of one byte
+make, may take 16 times the length beyond a constant.
 """
 
 import pickletools
@@ -18,6 +19,10 @@ from reshard.containers import shown
 
 _MAX_MARKS = 100
 _MAX_LONG_BYTES = 255
+# What a container is taken to cost, with an item or two; a `.metadata` needs 10 bytes per byte.
+_LIST_BYTES, _DICT_BYTES, _TUPLE_BYTES = 120, 200, 64
+_BYTES_PER_BYTE = 16
+_FREE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,7 @@ class Machine:
         self._marks: list[list[object]] = []
         self._memo: list[object] = []
         self._far: dict[int, object] = {}  # of memo indices that leave a gap
+        self._budget = _FREE_BYTES + _BYTES_PER_BYTE * len(pickled)
 
     def run(self, most: int | None = None) -> object:
         """The pickled value; `most` is the number of opcodes that it may take, where given."""
@@ -78,6 +84,7 @@ class Machine:
     def created(self, kind: object, arguments: object) -> object:
         """The stand-in for a new object of the class `kind`, before its state is set."""
         if isinstance(kind, Global) and isinstance(arguments, tuple) and not arguments:
+            self._spend(_TUPLE_BYTES)
             return Built(kind.name)
         raise self._foreign()
 
@@ -90,6 +97,19 @@ class Machine:
     def persistent(self, identity: object) -> object:
         """The stand-in for what lies outside the pickle under `identity`."""
         raise ValueError(f"its pickle names something outside, which {self.subject} does not need")
+
+    def empty_dict(self) -> dict[object, object]:
+        """A new dict: its memory is accounted for."""
+        self._spend(_DICT_BYTES)
+        return {}
+
+    def _spend(self, size: int) -> None:
+        self._budget -= size
+        if self._budget < 0:
+            raise ValueError(
+                f"its pickle of {len(self._data)} bytes makes more lists, dicts and tuples than "
+                f"{self.subject} needs"
+            )
 
     def _foreign(self) -> ValueError:
         return ValueError(
@@ -109,10 +129,11 @@ class Machine:
         )
 
     def _empty_dict(self, at: int) -> int:
-        self._stack.append({})
+        self._stack.append(self.empty_dict())
         return at
 
     def _empty_list(self, at: int) -> int:
+        self._spend(_LIST_BYTES)
         self._stack.append([])
         return at
 
@@ -128,6 +149,7 @@ class Machine:
         return items
 
     def _tuple(self, at: int) -> int:
+        self._spend(_TUPLE_BYTES)
         items = tuple(self._since_mark())
         self._stack.append(items)
         return at
@@ -305,6 +327,7 @@ def _packed(count: int) -> _Step:
         stack = machine._stack
         if len(stack) < count:
             raise IndexError
+        machine._spend(_TUPLE_BYTES)
         stack[-count:] = [tuple(stack[-count:])]
         return at
 

@@ -5,12 +5,12 @@ Or, in an item of a DCP file, one pickled tensor without a dict. Pickles are run
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from reshard.containers import TensorSpec
+from reshard.containers import TensorSpec, shown
 from reshard.containers.opcodes import START, STOP, integer, integers, named, text
 from reshard.containers.pickles import Global, Machine
 from reshard.errors import LayoutError
@@ -51,6 +51,8 @@ _VIEWED_NAMES = {dtype: name for name, dtype in _VIEWED.items()}
 
 DTYPES = frozenset({*_STORAGES.values(), *_VIEWED.values()})  # what can be read
 
+_WEIGHTS = ("model", "state_dict", "model_state_dict")
+_MAX_OTHERS = 100
 _MAX_OPCODES = 4_000_000
 _MAX_DIMS = 8
 
@@ -76,15 +78,65 @@ class _Tensor:
 Tensor = _Tensor  # public by another name: error messages show the class's own
 
 
-def read(pickled: bytes) -> dict[object, Tensor]:
-    """The tensors of a pickled dict, or of the one dict inside it; other values are skipped."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The tensors of a pickled dict by key, and the keys of what else it holds, sorted."""
+
+    tensors: Mapping[object, Tensor]
+    others: tuple[str, ...]
+
+
+def read(pickled: bytes) -> Held:
+    """The tensors of a pickled dict, or of one dict inside it; ValueError where both have some.
+
+    Of several such dicts, the one that is called as weights are is taken.
+    """
     value = _Machine(pickled).run(_MAX_OPCODES)
-    if isinstance(value, dict) and len(value) == 1:
-        (inner,) = value.values()
-        value = inner if isinstance(inner, dict) else value
     if not isinstance(value, dict):
         raise ValueError(f"holds a `{type(value).__name__.strip('_')}`, expected a dict of tensors")
-    return {key: tensor for key, tensor in value.items() if isinstance(tensor, _Tensor)}
+    tensors, inner = _tensors_of(value), _dicts_of_tensors(value)
+    if not tensors and inner:
+        name = _weights(inner)
+        return Held(_tensors_of(inner[name]), _names(key for key in value if key != name))
+    if inner:
+        raise ValueError(
+            f"holds tensors both at the top and inside `{_names(inner)[0]}`; save the weights alone"
+        )
+    return Held(tensors, _names(key for key in value if key not in tensors))
+
+
+def _tensors_of(held: Mapping[object, object]) -> dict[object, Tensor]:
+    return {key: value for key, value in held.items() if isinstance(value, _Tensor)}
+
+
+def _dicts_of_tensors(held: Mapping[object, object]) -> dict[object, dict[object, object]]:
+    """The values that are dicts with tensors in them; each is looked at once, even if it recurs."""
+    seen: dict[int, bool] = {}
+    found = {}
+    for key, value in held.items():
+        if isinstance(value, dict):
+            if id(value) not in seen:
+                seen[id(value)] = any(isinstance(item, _Tensor) for item in value.values())
+            if seen[id(value)]:
+                found[key] = value
+    return found
+
+
+def _weights(inner: Mapping[object, object]) -> object:
+    """The key of the dict that holds the weights."""
+    named_so = list(inner) if len(inner) == 1 else [name for name in _WEIGHTS if name in inner]
+    if len(named_so) != 1:
+        names = ", ".join(f"`{name}`" for name in _names(inner)[:8])
+        raise ValueError(
+            f"holds {len(inner)} dicts of tensors, which are the weights? found {names}; "
+            "save the weights alone"
+        )
+    return named_so[0]
+
+
+def _names(keys: Iterable[object]) -> tuple[str, ...]:
+    """Keys as they may appear in a message, sorted."""
+    return tuple(sorted(shown(str(key)) for key in keys)[:_MAX_OTHERS])
 
 
 def read_one(pickled: bytes) -> Tensor:

@@ -1,10 +1,11 @@
 """Whether boxes cover a tensor, each element once."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from reshard.geometry import Region
 
-_MAX_IRREGULAR = 2048  # boxes that no straight cut divides; each is compared with each
+_MAX_IRREGULAR = 512  # boxes that no straight cut divides; each may be compared with each
 _MAX_CUTS = 64
 
 
@@ -75,10 +76,13 @@ def _fault_pairwise(region: Region, boxes: Sequence[Region]) -> str | None:
     """For boxes that no straight cut divides: two that overlap, or many like bricks."""
     if len(boxes) > _MAX_IRREGULAR:
         return f"the {len(boxes)} stored boxes in {shown(region)} overlap or form no grid"
-    for number, box in enumerate(boxes):
-        for other in boxes[:number]:
+    ascending = sorted(boxes, key=lambda box: box.start)
+    for number, box in enumerate(ascending, 1):
+        for other in islice(ascending, number, None):
+            if box.stop and other.start[0] >= box.stop[0]:
+                break
             if box & other:
-                return f"the stored boxes {shown(other)} and {shown(box)} overlap"
+                return f"the stored boxes {shown(box)} and {shown(other)} overlap"
     missing = region.numel - sum(box.numel for box in boxes)
     return f"no stored box holds {missing} elements of {shown(region)}" if missing else None
 

@@ -19,14 +19,14 @@ from reshard.errors import CheckpointError
 def index(root: Path, file: str) -> FileIndex:
     """Where each tensor of an existing file lies, views and shared storages included.
 
-    The file holds a dict of tensors, or one dict inside a dict; values that are no tensors are
-    skipped. Nothing in the file is executed, whatever it asks for.
+    The file holds a dict of tensors, or such a dict inside a dict (see `tensorpickle`); what else
+    that holds is named in `others`. Nothing in the file is executed, whatever it asks for.
     """
     try:
         with (root / file).open("rb") as opened:
             archive = Archive(Range(opened))
-            tensors = tensorpickle.read(archive.read("data.pkl"))
-            return FileIndex(_entries(tensors, archive), {})
+            held = tensorpickle.read(archive.read("data.pkl"))
+            return FileIndex(_entries(held.tensors, archive), {}, held.others)
     except OSError as error:
         raise CheckpointError(f"`{file}`: cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -57,7 +57,8 @@ def parameters(model: ModelConfig) -> list[Parameter]:
 
 def read_config(record: Mapping[str, Json], name: str) -> Model:
     """The model of a config.json; one of an unknown family is carried as it is."""
-    if record.get("quantization_config") is not None:
+    parts = (record, *(part for part in record.values() if isinstance(part, dict)))
+    if any(part.get("quantization_config") is not None for part in parts):
         raise ConfigError(f"`{name}`: a quantised model, which is not supported; convert it back")
     known = record.get("model_type") in _families()
     return known_model.from_hf(record, name) if known else carried.from_hf(record, name)

@@ -4,7 +4,7 @@ Their config.json is carried as it is; nothing of it is interpreted but what eve
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reshard.errors import ConfigError
 from reshard.families.model import DTYPES, Json
@@ -19,6 +19,7 @@ SPELLINGS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("lm_head.", "language_model.lm_head."),
     ),
 }
+TIED = "tie_word_embeddings"
 DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
@@ -39,6 +40,40 @@ class CarriedConfig:
             "tied": self.tied,
             "dtype": self.dtype,
         }
+
+    def _text(self) -> Mapping[str, Json]:
+        """The part of the config on the text model."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    def _size(self, *keys: str) -> int | None:
+        """A size that the config says under one of `keys`."""
+        found = (self._text().get(key) for key in keys)
+        return next((value for value in found if type(value) is int), None)
+
+    @property
+    def layers(self) -> int | None:
+        """The depth of the text model, where the config says it."""
+        return self._size("num_hidden_layers", "n_layer", "num_layers")
+
+    @property
+    def extra_layers(self) -> int:
+        """Layers beyond that depth, which predict further tokens."""
+        return self._size("num_nextn_predict_layers") or 0
+
+    @property
+    def vocab(self) -> int | None:
+        """The size of the vocabulary, where the config says it."""
+        return self._size("vocab_size")
+
+    def with_vocab(self, rows: int) -> "CarriedConfig":
+        """The same with another vocabulary."""
+        inner = self.config.get("text_config")
+        if isinstance(inner, dict):
+            config = {**self.config, "text_config": {**inner, "vocab_size": rows}}
+        else:
+            config = {**self.config, "vocab_size": rows}
+        return replace(self, config=config)
 
     def describe(self) -> str:
         """One line on the model."""
@@ -70,8 +105,14 @@ def from_json(record: Mapping[str, Json]) -> CarriedConfig:
 
 
 def to_hf(model: CarriedConfig) -> dict[str, Json]:
-    """config.json as it came, with the dtype that the tensors have now."""
-    return _with_dtype(dict(model.config), model.dtype)
+    """config.json as it came, with the dtype that the tensors have now, and tied or not."""
+    config = _with_dtype(dict(model.config), model.dtype)
+    if _says_tied(model.config) != model.tied:
+        config[TIED] = model.tied
+        inner = config.get("text_config")
+        if isinstance(inner, dict) and TIED in inner:
+            config["text_config"] = {**inner, TIED: model.tied}
+    return config
 
 
 def _with_dtype(config: dict[str, Json], dtype: str) -> dict[str, Json]:
@@ -88,7 +129,7 @@ def _says_tied(config: Mapping[str, Json]) -> bool:
     """Whether a config, or that of its text model, says that the output is tied."""
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
-        if isinstance(said := part.get("tie_word_embeddings"), bool):
+        if isinstance(said := part.get(TIED), bool):
             return said
     return False
 

@@ -11,6 +11,7 @@ scan(path, options) -> Scan               the model and the layout of a director
 and what it may have, with the defaults of `_Defaults`:
 
 ANY_FAMILY                                whether it holds models of families that are not known
+FALLBACK                                  whether its files count only where no other format is
 ASSETS, NEEDED                            small files kept at its root; those it needs to be of use
 SOURCE_KEYS, TARGET_KEYS                  the keys of src and dst that only some formats know
 FOLDER                                    the directory below dst.path that is published, if any
@@ -46,6 +47,7 @@ class Format(Protocol):
 
     NAME: str
     ANY_FAMILY: bool
+    FALLBACK: bool
     ASSETS: tuple[str, ...]
     NEEDED: Mapping[str, Sequence[str]]
     FOLDER: str
@@ -88,7 +90,7 @@ class Format(Protocol):
 class _Defaults:
     """A format's module, completed."""
 
-    ANY_FAMILY = False
+    ANY_FAMILY = FALLBACK = False
     ASSETS = SOURCE_KEYS = TARGET_KEYS = ()
     NEEDED: Mapping[str, Sequence[str]] = {"tokenizer": common.TOKENIZERS}
     FOLDER = ""
@@ -176,11 +178,16 @@ def detect(path: Path, among: Sequence[str] = ()) -> Format:
         raise CheckpointError(f"`{path}`: no such directory")
     candidates = list(among) or sorted(formats())
     found = [known for known in map(named, candidates) if known.detect(path)]
+    found = [known for known in found if not known.FALLBACK] or found
     if len(found) == 1:
         return found[0]
     if not found and (refusal := foreign.refusal(path)) is not None:
         raise CheckpointError(refusal)
     names = " and ".join(known.NAME for known in found) or "none of " + ", ".join(candidates)
+    if not found and (partial := next(path.glob("*.partial-*"), None)) is not None:
+        raise CheckpointError(
+            f"`{partial}`: an unfinished job's; the same command again finishes it"
+        )
     if among and not found:
         raise CheckpointError(f"`{path}`: holds no checkpoint of {' or '.join(among)}")
     raise CheckpointError(

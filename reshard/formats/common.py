@@ -105,6 +105,17 @@ def manifest_model(root: Path) -> Model | None:
         raise CheckpointError(f"`{root / MANIFEST}`: {error}") from None
 
 
+def names_in(folder: Path) -> list[str]:
+    """The names of the weights in a Hugging Face directory, by its index; none without one."""
+    for index in folder.glob("*.safetensors.index.json"):
+        table = read_json(index).get("weight_map")
+        return list(table) if isinstance(table, dict) else []
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return list(containers.index("safetensors", folder, single.name).entries)
+    return []
+
+
 def declared(folders: Iterable[Path], key: str) -> Json:
     """What an earlier run noted in its manifest of a target's files, which themselves do not say.
 
@@ -255,7 +266,8 @@ def _problems(scan: Scan, file: str) -> list[str]:
                 )
             continue
         entry = entries[key]
-        if isinstance(scan.model, ModelConfig) and not entry.dtype.is_floating_point:
+        weight = entry.dtype.is_floating_point and entry.dtype.itemsize > 1
+        if isinstance(scan.model, ModelConfig) and not weight:
             found.append(
                 f"`{file}`: tensor `{key}` is {_text(entry.dtype)}: quantised, not weights"
             )

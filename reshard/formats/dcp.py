@@ -5,7 +5,7 @@ Where the directory is, which of its items are the weights and what the others a
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +23,7 @@ FILE = "__{shard}_0.distcp"
 METADATA = ".metadata"
 ACCELERATE = "pytorch_model_fsdp_0"
 WRAPPER = "model"
+WRAPPERS = (WRAPPER, "state_dict", "model_state_dict")  # the dicts that trainers put weights in
 MARK = "tok_embeddings.weight"  # of a model under the names of Meta and TorchTitan
 OTHER_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # beside which nothing deeper is looked for
 DEPTH = 3  # llama-recipes: fine-tuned-<organisation>/<model> below the folder that it was given
@@ -120,23 +121,74 @@ def bare(name: str) -> str:
 
 
 def weights_in(directory: Directory) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The keys of the weights by their name inside the dict around them; and what else there is."""
+    """The keys of the weights by their name inside the dict around them; and what else there is.
+
+    The directory's own record tells a dict called `model` from `model.` in a module's name; where
+    there is none, only names of known families can.
+    """
     inner = (f"{WRAPPER}.{WRAPPER}.", f"{WRAPPER}.lm_head.", f"{WRAPPER}.{MARK}")
     unsaid = not directory.paths and any(key.startswith(inner) for key in directory.tensors)
-    roles = {
-        key: _role(directory, key, unsaid=unsaid) for key in [*directory.tensors, *directory.others]
+    around = {
+        key: _around(directory, key, unsaid=unsaid)
+        for key in [*directory.tensors, *directory.others]
     }
-    wrapped = WRAPPER in roles.values()
+    dicts = {
+        path
+        for path in around.values()
+        if path and path[-1] in WRAPPERS and not LEFT_BEHIND.keys() & path
+    }
+    if len(dicts) > 1:
+        raise CheckpointError(
+            f"`{METADATA}`: weights are in {len(dicts)} dicts, "
+            f"{', '.join(f'`{name}`' for name in sorted(map('.'.join, dicts)))}; save one alone"
+        )
+    wrapper = next(iter(dicts), ())
     found: dict[str, str] = {}
     left: dict[str, None] = {}
-    for key, role in roles.items():
-        if role in LEFT_BEHIND or (wrapped and role != WRAPPER):
-            left[LEFT_BEHIND.get(role, f"`{role or key}`")] = None
-        elif key in directory.tensors:
-            found[key.removeprefix(f"{WRAPPER}.") if wrapped else key] = key
+    for key, path in around.items():
+        if path == wrapper and key in directory.tensors:
+            found[key.removeprefix(".".join((*wrapper, "")) if wrapper else "")] = key
+        elif not wrapper and path and path[0] not in LEFT_BEHIND and key in directory.tensors:
+            raise CheckpointError(
+                f"`{METADATA}`: tensor `{key}` is in a dict `{path[0]}`, expected in one called "
+                f"{' or '.join(WRAPPERS)}, or in none; save the weights alone"
+            )
         else:
-            left[f"`{key}`"] = None
+            named = next((LEFT_BEHIND[part] for part in path if part in LEFT_BEHIND), None)
+            left[named or f"`{'.'.join(path) or key}`"] = None
     return found, tuple(sorted(left))
+
+
+def _around(directory: Directory, key: str, *, unsaid: bool) -> tuple[str, ...]:
+    """The names of the dicts that a key is in, up to that of the weights where it is in one.
+
+    `unsaid`: there is no record, but all weights begin with `model.`.
+    """
+    path = tuple(map(str, directory.paths.get(key, ())[:-1]))
+    if not path:
+        first = key.partition(".")[0]
+        return (first,) if first in LEFT_BEHIND or (unsaid and first == WRAPPER) else ()
+    depth = next((number for number, part in enumerate(path) if part in WRAPPERS), len(path))
+    return path[: depth + 1]
+
+
+def require_said(root: Path, directory: Directory) -> None:
+    """Refuse names that may or may not have a dict's in front, for a family that is not known."""
+    if not directory.paths and all(key.startswith(f"{WRAPPER}.") for key in directory.tensors):
+        raise CheckpointError(
+            f"`{root}`: nothing says whether `{WRAPPER}.` is a part of the names or a dict around "
+            "them; save the checkpoint again with torch's own planner"
+        )
+
+
+def foreign_to(keys: Collection[str]) -> Callable[[str], bool]:
+    """Whether an item of a file is of another tensor than those with `keys`."""
+    return lambda item: item.rpartition("[")[0] not in keys
+
+
+def led_to(path: Path, root: Path) -> tuple[str, ...]:
+    """A line on the directory that a path stands for."""
+    return () if root == path else (f"`{root.relative_to(path)}` is taken",)
 
 
 def require_weights(root: Path, keys: Mapping[str, str], left: Sequence[str]) -> None:
@@ -146,19 +198,6 @@ def require_weights(root: Path, keys: Mapping[str, str], left: Sequence[str]) ->
             f"`{root}`: holds no weights, only {', '.join(left) or 'nothing'}; "
             "name the directory of the model"
         )
-
-
-def _role(directory: Directory, key: str, *, unsaid: bool) -> str:
-    """The name of the dict that a key is in; "" where it is in none.
-
-    Only the directory's own record tells `model.` in a module's name from a dict of that name;
-    `unsaid`: there is no record, but all weights begin with it.
-    """
-    path = directory.paths.get(key, ())
-    if len(path) > 1:
-        return str(path[0])
-    first = key.partition(".")[0]
-    return first if first in LEFT_BEHIND or (unsaid and first == WRAPPER) else ""
 
 
 def chunks_of(directory: Directory, keys: Mapping[str, str]) -> dict[str, Chunks]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from reshard.containers import Skeleton, dcpmetadata
 from reshard.errors import CheckpointError, LayoutError
 from reshard.families import Model, carried
+from reshard.families.carried import CarriedConfig
 from reshard.formats import common, dcp, weights
 from reshard.formats.options import Mesh, Options, Scan
 from reshard.layout import Layout, Parameter, Slot
@@ -84,9 +85,11 @@ def scan(path: Path, options: Options) -> Scan:
         for name, key in keys.items()
     ]
     found = weights.described(stored, folders, options, str(root), _advice(root))
-    chunks = dcp.chunks_of(directory, {name: keys[kept.key] for name, kept in found.kept.items()})
+    held = dcp.chunks_of(directory, {name: keys[kept.key] for name, kept in found.kept.items()})
+    if isinstance(found.model, CarriedConfig):
+        dcp.require_said(root, directory)
     bare = set(keys) <= set(directory.tensors)
-    options = replace(options, chunks=chunks, wrapper="none" if bare else "model")
+    options = replace(options, chunks=held, wrapper="none" if bare else "model")
     laid_out = layout(found.parameters, found.model, options)
     return Scan(
         NAME,
@@ -95,11 +98,14 @@ def scan(path: Path, options: Options) -> Scan:
         laid_out,
         root,
         replace(options, mesh=Mesh(dp=laid_out.coordinates)),
-        (*found.assumed, *dcp.mesh_note(mesh, laid_out.coordinates)),
+        (
+            *dcp.led_to(path, root),
+            *found.assumed,
+            *dcp.mesh_note(mesh, laid_out.coordinates),
+        ),
         tuple(dict.fromkeys((*left, *dcp.beside(root)))),
         folders=folders,
-        # What is not the model's was told apart by its name, which is in `left`.
-        ignored=lambda key: True,
+        ignored=dcp.foreign_to({chunks.key for chunks in held.values()}),
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from reshard import containers, families
 from reshard.errors import CheckpointError, LayoutError
-from reshard.families import Model
+from reshard.families import Model, carried
 from reshard.families.carried import CarriedConfig
 from reshard.families.model import Json, ModelConfig
 from reshard.formats import common, weights
@@ -158,10 +158,14 @@ def _scan_unknown(
         entries = _entries(path, file)
         if key not in entries:
             raise CheckpointError(f"`{path / INDEX}`: `{key}` is not in `{file}`")
-        kept[key] = weights.Kept(key, entries[key].dtype, entries[key].shape)
-    found = weights.as_stored(kept, model)
-    options = replace(options, mesh=Mesh(), files=files)
+        name = carried.published(model.model_type, key)
+        kept[name] = weights.Kept(key, entries[key].dtype, entries[key].shape)
+    found = weights.as_stored(kept, model, str(path))
+    by_name = {name: files[item.key] for name, item in kept.items()}
+    options = replace(options, mesh=Mesh(), files=by_name)
     laid_out = layout(found.parameters, found.model, options)
+    slots = (replace(slot, key=kept[slot.key].key) for slot in laid_out.slots)
+    laid_out = replace(laid_out, slots=tuple(slots))
     lines = (*assumed, *found.assumed)
     return Scan(NAME, found.model, found.parameters, laid_out, path, options, lines)
 

@@ -19,13 +19,17 @@ from reshard.placement import uncut
 
 NAME = "statedict"
 ANY_FAMILY = True
+FALLBACK = True
 ASSETS = common.TRANSFORMERS_ASSETS
 NEEDED = {common.CONFIG: (common.CONFIG,), "tokenizer": common.TOKENIZERS}
 SOURCE_KEYS = ("tied",)
 CONTAINER = "torchfile"
 INDEX = "pytorch_model.bin.index.json"
 # What trainers leave beside, and what other tools call their files of one rank (see foreign).
-NO_WEIGHTS = re.compile(r"optimizer|scheduler|rng_state|model_world_size_|mp_rank_|.*zero_pp_rank_")
+NO_WEIGHTS = re.compile(
+    r"optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args"
+    r"|model_world_size_|mp_rank_|.*zero_pp_rank_"
+)
 NAMES = ("pytorch_model.bin", "pytorch_model_fsdp.bin")
 
 
@@ -64,8 +68,11 @@ def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a directory from its files' headers; the model from a config beside."""
     files = _files(path)
     stored, places = [], {}
+    left = [file.name for file in path.glob("optimizer*")]
     for file in files:
-        for key, entry in containers.index(CONTAINER, path, file).entries.items():
+        held = containers.index(CONTAINER, path, file)
+        left += (f"`{key}`" for key in held.others)
+        for key, entry in held.entries.items():
             stored.append(weights.Kept(key, entry.dtype, entry.shape))
             places[key] = file
     advice = (
@@ -86,7 +93,7 @@ def scan(path: Path, options: Options) -> Scan:
         path,
         options,
         found.assumed,
-        tuple(sorted(file.name for file in path.glob("optimizer*"))),
+        tuple(sorted(left)),
         ignored=lambda key: key.endswith(weights.UNUSED_SUFFIX),
     )
 

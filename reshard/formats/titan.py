@@ -9,6 +9,7 @@ in the files: they come from a config.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from reshard import families
@@ -17,7 +18,7 @@ from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.families.model import ModelConfig
 from reshard.formats import common, dcp, meta_params, weights
 from reshard.formats.options import Chunks, Mesh, Options, Scan
-from reshard.geometry import Region
+from reshard.geometry import Region, whole
 from reshard.layout import Layout, Parameter, Slot
 from reshard.placement import Boxes, Groups, Placement, chunked
 
@@ -103,16 +104,17 @@ def _tiled(parameter: Parameter, mesh: Mesh) -> tuple[Placement, tuple[tuple[str
         ranks = [rank * mesh.tp for rank in range(mesh.dp)]
         spread = tuple((dcp.FILE.format(shard=rank), rank) for rank in ranks)
         return Placement(parameter.shape, chunked(parameter.shape[0], mesh.dp)), spread
+    return Placement(parameter.shape, _grid(parameter.shape, parameter.dim, mesh)), ()
+
+
+@lru_cache(maxsize=64)
+def _grid(shape: tuple[int, ...], dim: int, mesh: Mesh) -> Boxes:
+    """The boxes of a (dp, tp) mesh by rank: cut along `dim` by tp, and then along dim 0 by dp."""
     boxes = []
     for rank in range(mesh.dp * mesh.tp):
-        by_tp = _part(
-            Region((0,) * len(parameter.shape), parameter.shape),
-            parameter.dim,
-            rank % mesh.tp,
-            mesh.tp,
-        )
+        by_tp = _part(whole(shape), dim, rank % mesh.tp, mesh.tp)
         boxes.append(_part(by_tp, 0, rank // mesh.tp, mesh.dp))
-    return Placement(parameter.shape, Boxes(boxes)), ()
+    return Boxes(boxes)
 
 
 def _part(box: Region, dim: int, place: int, parts: int) -> Region:
@@ -182,14 +184,14 @@ def declared(options: Options) -> dict[str, str]:
 def _rope(root: Path, folders: Sequence[Path], options: Options) -> str | None:
     """The order of rotary rows as asked for, which must be what we noted when we wrote them."""
     noted = common.declared(folders, "rope")
-    if not isinstance(noted, str) or noted == options.rope:
+    if noted not in ("interleaved", "half") or noted == options.rope:
         return options.rope
     if options.rope is not None:
         raise CheckpointError(
             f"`{root}`: {common.MANIFEST} says that its rotary rows are {noted}, "
             f"but src.rope={options.rope}"
         )
-    return noted
+    return str(noted)
 
 
 def _rope_note(options: Options, side: str) -> str:
@@ -200,6 +202,10 @@ def _rope_note(options: Options, side: str) -> str:
 
 def check_place(folder: Path) -> None:
     """Refuse a run's folder in which TorchTitan would resume from another step than the new one."""
+    if re.fullmatch(r"step-\d+", folder.name):
+        raise ConfigError(
+            f"dst.path: `{folder}` looks like a step; name the run's folder, {FOLDER} is made in it"
+        )
     for found in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = re.search(r"step-(\d+)", found.name)
         resumable = (dcp.METADATA, "model.safetensors.index.json")
@@ -224,7 +230,7 @@ def scan(path: Path, options: Options) -> Scan:
     folders = tuple(dict.fromkeys((*dcp.surroundings(path, root), root.parent / FOLDER)))
     model, origin = _model(root, folders, options)
     options = replace(options, rope=_rope(root, folders, options))
-    assumed = [f"model config from {origin}", _rope_note(options, "src")]
+    assumed = [*dcp.led_to(path, root), f"model config from {origin}", _rope_note(options, "src")]
     if dcp.MARK in chunks and (rows := chunks[dcp.MARK].shape[0]) != model.vocab:
         assumed.append(f"vocab_size is {rows} by the tensors, where the config has {model.vocab}")
         model = replace(model, vocab=rows)
@@ -249,8 +255,7 @@ def scan(path: Path, options: Options) -> Scan:
         (*assumed, *dcp.mesh_note(mesh, shards)),
         left,
         folders=folders,
-        # What is not the model's was told apart by its name, which is in `left`.
-        ignored=lambda key: True,
+        ignored=dcp.foreign_to(used),
     )
 
 
@@ -260,7 +265,11 @@ def _stored(root: Path) -> tuple[dict[str, Chunks], tuple[str, ...]]:
     inside, left = dcp.weights_in(directory)
     dcp.require_weights(root, inside, left)
     weights.refuse_foreign(inside, str(root))
-    keys = {dcp.bare(name): key for name, key in inside.items()}
+    keys: dict[str, str] = {}
+    for name, key in inside.items():
+        if (bare := dcp.bare(name)) in keys:
+            raise CheckpointError(f"`{root}`: `{keys[bare]}` and `{key}` are both `{bare}`")
+        keys[bare] = key
     used = {name: key for name, key in keys.items() if name.rpartition(".")[2] != UNUSED}
     dropped = () if len(used) == len(keys) else (UNUSED,)
     return dcp.chunks_of(directory, used), (*left, *dropped)

@@ -1,5 +1,6 @@
 """Weights under Hugging Face's names, whatever holds them: which stored key is which parameter."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +27,15 @@ REFUSED = {
     "again with SHARDED_STATE_DICT or FULL_STATE_DICT",
     "lora_A": "LoRA adapters; merge them into the model first (PEFT: merge_and_unload)",
     "lora_embedding_A": "LoRA adapters; merge them into the model first (PEFT: merge_and_unload)",
+    "base_model.model.": "PEFT; merge the adapters into the model first (merge_and_unload)",
+    "modules_to_save.": "PEFT; merge the adapters into the model first (merge_and_unload)",
     ".base_layer.": "LoRA adapters; merge them into the model first (PEFT: merge_and_unload)",
 }
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 # A buffer that old transformers saved with the weights; it follows from the config.
 UNUSED_SUFFIX = ".rotary_emb.inv_freq"
 NAMES_SHOWN = 3
+STACKS = ("layers", "layer", "h", "blocks", "block")  # lists of layers; others may have gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +103,13 @@ def described(
     """
     model, origin = common.config_beside(folders, options)
     if model is None:
-        raise UndescribedError(f"`{where}`: no config.json beside the weights; {advice}")
+        asked = "" if options.assets is None else f", nor in src.assets `{options.assets}`"
+        raise UndescribedError(f"`{where}`: no config.json beside the weights{asked}; {advice}")
     if options.tied is not None:
         model = replace(model, tied=options.tied)
     found = identify(stored, model, where)
+    if isinstance(found.model, CarriedConfig) and options.assets is not None:
+        _require_names_of(options.assets, found, where)
     return replace(found, assumed=(f"model config from {origin}", *found.assumed))
 
 
@@ -117,7 +124,7 @@ def identify(stored: Iterable[Kept], model: Model, where: str) -> Weights:
     kept: dict[str, Kept] = {}
     for item in stored:
         name = published(model.model_type, plain_name(item.key))
-        if name.endswith(UNUSED_SUFFIX):
+        if name.endswith(UNUSED_SUFFIX) and isinstance(model, ModelConfig):
             continue
         if name in kept:
             raise CheckpointError(
@@ -125,12 +132,18 @@ def identify(stored: Iterable[Kept], model: Model, where: str) -> Weights:
             )
         kept[name] = item
     if isinstance(model, CarriedConfig):
-        return as_stored(kept, model)
+        if not kept:
+            raise CheckpointError(f"`{where}`: holds no tensors")
+        return as_stored(kept, model, where)
     return _of_family(kept, model, where)
 
 
-def as_stored(kept: Mapping[str, Kept], model: CarriedConfig) -> Weights:
-    """The parameters of an unknown family; a stored output that is tied is the embedding again."""
+def as_stored(kept: Mapping[str, Kept], model: CarriedConfig, where: str) -> Weights:
+    """The parameters of an unknown family; a stored output that is tied is the embedding again.
+
+    What every family's config says is held against the tensors: layers and vocabulary.
+    """
+    _require_layers(kept, model, where)
     embeddings = [name for name in kept if name.endswith(EMBEDDING)]
     embedding, head = embeddings[0] if len(embeddings) == 1 else None, head_of(model)
     tied = (
@@ -150,8 +163,51 @@ def as_stored(kept: Mapping[str, Kept], model: CarriedConfig) -> Weights:
         if not (tied and name == head)
     )
     found = replace(model, tied=tied, dtype=_dtype(item.dtype for item in kept.values()))
-    said = "tensors are moved by name, in the order in which they are stored"
-    return Weights(found, parameters, kept, (f"{model.model_type}: {said}",))
+    said = [f"{model.model_type}: tensors are moved by name, in the order in which they are stored"]
+    output = kept.get(head) or (kept[embedding] if tied and embedding is not None else None)
+    if output is not None and output.shape and model.vocab not in (None, output.shape[0]):
+        rows = output.shape[0]
+        said.append(f"vocab_size is {rows} by the tensors, where the config has {model.vocab}")
+        found = found.with_vocab(rows)
+    return Weights(found, parameters, kept, tuple(said))
+
+
+def _require_layers(kept: Mapping[str, Kept], model: CarriedConfig, where: str) -> None:
+    """Refuse stacks of layers with a gap, or none as deep as the config says."""
+    stacks: dict[str, set[int]] = {}
+    for name in kept:
+        for match in re.finditer(r"\.(\d{1,5})\.", name):
+            stack = name[: match.start()]
+            if stack.rpartition(".")[2] in STACKS:
+                stacks.setdefault(stack, set()).add(int(match[1]))
+    for stack, numbers in stacks.items():
+        if missing := sorted(set(range(max(numbers))) - numbers):
+            raise CheckpointError(f"`{where}`: tensors of `{stack}.{missing[0]}` are missing")
+    depths = {max(numbers) + 1 for numbers in stacks.values()}
+    if model.layers and depths and not depths & {model.layers, model.layers + model.extra_layers}:
+        raise CheckpointError(
+            f"`{where}`: the config says {model.layers} layers, but the tensors have "
+            f"{' or '.join(map(str, sorted(depths)))}; is it the config of this model?"
+        )
+
+
+def _require_names_of(folder: Path, found: Weights, where: str) -> None:
+    """Refuse tensors of other names than the weights in `folder` have, where it has weights."""
+    head = head_of(found.model)
+    names = {published(found.model.model_type, name) for name in common.names_in(folder)}
+    if not names:
+        return
+    unused = {name for name in {*names, *found.kept} if name.endswith(UNUSED_SUFFIX)} | {head}
+    if missing := sorted(names - set(found.kept) - unused):
+        raise CheckpointError(
+            f"`{where}`: {len(missing)} tensors are missing that the weights in src.assets "
+            f"`{folder}` have, first `{missing[0]}`"
+        )
+    if extra := sorted(set(found.kept) - names - unused):
+        raise CheckpointError(
+            f"`{where}`: {len(extra)} tensors are not in the weights in src.assets `{folder}`, "
+            f"first `{extra[0]}`; is it the directory of this model?"
+        )
 
 
 def _of_family(kept: Mapping[str, Kept], model: ModelConfig, where: str) -> Weights:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -80,7 +81,6 @@ def saved(tmp_path_factory) -> Path:
 
 def index(root: Path, file: str = "a.distcp") -> FileIndex:
     """The index of a file, with all its items opened; an item opens when it is asked for."""
-    dcpfile._opened.cache_clear()
     found = dcpfile.index(root, file)
     return FileIndex(dict(found.entries), found.metadata)
 
@@ -268,7 +268,19 @@ def test_a_file_that_shrinks_after_the_metadata_was_read_is_refused(tmp_path):
     path = dcpdirs.save(tmp_path / "c", {"weight": BASE, "b": BASE})
     dcpmetadata.read(path)
     os.truncate(path / "__0_0.distcp", 1700)
-    assert "item `" in refusal(path, "__0_0.distcp")
+    message = refusal(path, "__0_0.distcp")
+    assert re.search(r"item `.*`: the file is truncated: 1700 bytes, expected \d+; copy", message)
+
+
+def test_a_file_that_shrinks_between_two_items_is_refused(tmp_path):
+    path = dcpdirs.save(tmp_path / "c", {"weight": BASE, "b": BASE})
+    entries = containers.index("dcpfile", path, "__0_0.distcp").entries
+    keys = [item.key for item in dcpmetadata.read(path).items("__0_0.distcp")]
+    assert entries[keys[0]]
+    os.truncate(path / "__0_0.distcp", 1700)
+    for found in (entries, containers.index("dcpfile", path, "__0_0.distcp").entries):
+        with pytest.raises(CheckpointError, match="the file is truncated: 1700 bytes"):
+            assert found[keys[1]]
 
 
 # --- the skeleton

@@ -119,21 +119,18 @@ def test_older_spellings_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("paths", "wrapped"),
+    "paths",
     [
-        ({"model.w": ("model", "w"), "step": ("step",)}, True),
-        ({"model.w": ("model.w",)}, False),
-        ({"model.w": ("model", "w"), "model.v": ("model.v",)}, None),
-        ({}, None),
-        (None, None),
-        ([("model", "w")], None),
+        {"model.w": ("model", "w"), "model.v": ("model.v",), "step": ("step", 3)},
+        {},
+        None,
+        [("model", "w")],
     ],
 )
-def test_the_planner_says_whether_model_is_a_level(tmp_path, paths, wrapped):
+def test_the_planner_says_where_names_were(tmp_path, paths):
     value = metadata({"model.w": ((2,), [((0,), (2,))]), "model.v": ((0,), [])}, others=("step",))
     value.planner_data = paths
     found = read(dump(tmp_path / "c", value))
-    assert found.wrapped is wrapped
     assert found.paths == (paths if isinstance(paths, dict) else {})
 
 
@@ -266,6 +263,26 @@ GENERAL = {
         put(itself, "planner_data", {"w": (0.5,)}),
         "the path of `w` in its `planner_data` is not of names",
     ),
+    "a path that cannot be printed": (
+        put(itself, "planner_data", {"w": ("a", "\x1b[31mred")}),
+        "the path of `w` in its `planner_data` is not of names",
+    ),
+    "a path of a long name": (
+        put(itself, "planner_data", {"w": ("a" * 1025,)}),
+        "the path of `w` in its `planner_data` is not of names",
+    ),
+    "a path of many levels": (
+        put(itself, "planner_data", {"w": (0,) * 101}),
+        "the path of `w` in its `planner_data` is not of names",
+    ),
+    "a long name": (
+        lambda value: value.state_dict_metadata.update({"a" * 1025: None}),
+        f"the key `{'a' * 80}...` of a tensor has 1025 characters",
+    ),
+    "an item of a long name": (
+        lambda value: value.storage_data.update({MetadataIndex("a" * 1025, torch.Size(())): None}),
+        f"the item `{'a' * 80}...` has a name of 1025 characters",
+    ),
 }
 
 
@@ -318,8 +335,29 @@ def test_getattr_gives_nothing_but_a_memory_format(tmp_path):
 
 def test_a_huge_metadata_is_refused_unread(tmp_path):
     root = dump(tmp_path / "c", metadata(ROWS))
-    os.truncate(root / ".metadata", 2**30 + 1)
-    assert "takes 1073741825 bytes, expected at most 1073741824" in refusal(root)
+    os.truncate(root / ".metadata", 2**29 + 1)
+    assert "takes 536870913 bytes, expected at most 536870912" in refusal(root)
+
+
+def test_one_list_of_chunks_for_many_tensors_is_refused(tmp_path):
+    value = metadata({"w": ((4000,), [((n,), (1,)) for n in range(4000)])})
+    described = value.state_dict_metadata
+    described |= {f"w{n}": described["w"] for n in range(1000)}
+    pickled = pickle.dumps(value, 4)
+    message = refusal(dump(tmp_path / "c", pickled))
+    assert f"has more than {len(pickled)} chunks in as many bytes" in message
+
+
+def test_a_metadata_written_again_with_its_size_and_time_is_read_anew(tmp_path):
+    root = dump(tmp_path / "c", metadata(ROWS))
+    before = (root / ".metadata").stat()
+    assert set(read(root).tensors) == {"w"}
+    dump(tmp_path / "d", metadata({"v": ROWS["w"]}))
+    os.utime(tmp_path / "d" / ".metadata", ns=(before.st_mtime_ns, before.st_mtime_ns))
+    (tmp_path / "d" / ".metadata").replace(root / ".metadata")
+    after = (root / ".metadata").stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert set(read(root).tensors) == {"v"}
 
 
 def test_a_missing_metadata_says_what_to_do(tmp_path):
@@ -409,6 +447,17 @@ BRICKS = [
 ]
 
 
+def around(size: int) -> list[Region]:
+    """A grid of 1 by 1 in a pinwheel, so that no straight cut divides it."""
+    end = size + 1
+    arms = [((0, 1), (0, end)), ((0, end), (end, end + 1)), ((end, end + 1), (1, end + 1))]
+    inside = itertools.product(range(1, end), range(1, end))
+    return [
+        *(region(*arm) for arm in [*arms, ((1, end + 1), (0, 1))]),
+        *(region((row, row + 1), (column, column + 1)) for row, column in inside),
+    ]
+
+
 @pytest.mark.parametrize(
     ("shape", "boxes"),
     [
@@ -418,6 +467,7 @@ BRICKS = [
         ((192, 40), grid(64, 8)),
         ((3, 3), PINWHEEL),
         ((2, 12), BRICKS),
+        ((12, 12), around(10)),
         ((2, 2, 2), [whole((2, 2, 2))]),
     ],
 )
@@ -438,21 +488,13 @@ def test_a_fault_names_the_box():
     assert "holds 1 elements of [0:3, 0:3]" in tiled((3, 3), PINWHEEL[:4])
 
 
-def around(size: int) -> list[Region]:
-    """A grid of 1 by 1 in a pinwheel, so that no straight cut divides it."""
-    end = size + 1
-    arms = [((0, 1), (0, end)), ((0, end), (end, end + 1)), ((end, end + 1), (1, end + 1))]
-    inside = itertools.product(range(1, end), range(1, end))
-    return [
-        *(region(*arm) for arm in [*arms, ((1, end + 1), (0, 1))]),
-        *(region((row, row + 1), (column, column + 1)) for row, column in inside),
-    ]
-
-
 def test_tiling_takes_no_quadratic_time():
-    assert tiled((12, 12), around(10)) == ""
+    assert tiled((24, 24), around(22)) == ""
     assert tiled((102, 102), around(100)).endswith(
         "the 10004 stored boxes in [0:102, 0:102] overlap or form no grid"
+    )
+    assert tiled((25, 25), around(23)).endswith(
+        "the 533 stored boxes in [0:25, 0:25] overlap or form no grid"
     )
     stairs = [region((n, n + 2), (n, n + 1)) for n in range(20_000)]
     assert "no stored box holds" in tiled((20_001, 20_000), stairs)

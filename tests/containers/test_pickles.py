@@ -255,8 +255,39 @@ def test_memory_is_bounded_by_the_length(value):
     try:
         Named(pickled).run()
         assert tracemalloc.get_traced_memory()[1] < 100 * len(pickled)
+    except ValueError as error:
+        assert "more lists, dicts and tuples than a thing needs" in str(error)  # noqa: PT017
     finally:
         tracemalloc.stop()
+
+
+CONTAINERS = {
+    "lists": b"]",
+    "dicts": b"}",
+    "nested tuples": b"\x85",
+    "tuples of marks": b"(Nt",
+    "lists of one": b"]Na",
+    "dicts of one": b"}K\0Ns",
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_alone_are_refused_before_they_take_much(kind):
+    pickled = b"\x80\x02)" + CONTAINERS[kind] * ((8 << 20) // len(CONTAINERS[kind])) + b"."
+    tracemalloc.start()
+    try:
+        assert "makes more lists, dicts and tuples than a thing needs" in refusal(pickled)
+        assert tracemalloc.get_traced_memory()[1] < 22 * len(pickled)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_metadata_holds_is_no_bomb(protocol):
+    """As dense as `.metadata` of empty chunks: the densest that torch writes."""
+    things = [Thing(a=((0,),), b=((n % 9,),)) for n in range(200_000)]
+    pickled = pickle.dumps(things, protocol)
+    assert len(run(pickled)) == 200_000
 
 
 def test_a_list_in_itself_and_a_deep_tuple_end():

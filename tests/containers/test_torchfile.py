@@ -327,6 +327,7 @@ def module_state() -> OrderedDict:
     return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5)).bfloat16().state_dict()
 
 
+HUNDRED = tuple(f"n{n:03}" for n in range(100))
 SAVED = {
     "views": views,
     "parameters": parameters,
@@ -350,6 +351,57 @@ def test_a_single_inner_dict_is_taken_and_other_values_are_skipped(tmp_path):
     assert_index_matches(tmp_path / "m.pt", index(tmp_path / "m.pt"), tensors)
     torch.save({**tensors, "optimizer": {0: {"x": torch.ones(2)}}}, tmp_path / "n.pt")
     assert_index_matches(tmp_path / "n.pt", index(tmp_path / "n.pt"), tensors)
+    assert index(tmp_path / "n.pt").others == ("optimizer",)
+
+
+ONE, TWO = {"a": torch.ones(3)}, {"b": torch.zeros(2)}
+HELD = {
+    "tensors alone": (ONE, "a", ()),
+    "tensors and others": ({**ONE, "step": 7, "lr": 0.1, 5: None}, "a", ("5", "lr", "step")),
+    "one dict": ({"anything": ONE}, "a", ()),
+    "one dict and others": ({"x": ONE, "step": 7, "args": {"lr": 1}}, "a", ("args", "step")),
+    "weights and averages": ({"ema": ONE, "model": TWO}, "b", ("ema",)),
+    "another name": ({"ema": ONE, "model_state_dict": TWO, "n": 1}, "b", ("ema", "n")),
+    "nothing deeper": ({"state_dict": ONE, "optimizer": {"state": {0: TWO}}}, "a", ("optimizer",)),
+    "no tensor": ({"model": {"deeper": ONE}, "n": 1}, None, ("model", "n")),
+    "names to escape": ({**ONE, "\x1b[31m\n": 1, "z" * 99: 2}, "a", (r"\x1b[31m\n", "z" * 80)),
+    "many": ({**ONE, **{f"n{n:03}": n for n in range(300)}}, "a", HUNDRED),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_is_skipped_is_named(tmp_path, name):
+    value, key, others = HELD[name]
+    torch.save(value, tmp_path / "m.pt")
+    found = index(tmp_path / "m.pt")
+    assert list(found.entries) == ([] if key is None else [key])
+    assert found.others == others
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {**ONE, "ema\x1b": TWO},
+            r"tensors both at the top and inside `ema\x1b`; save the weights alone",
+        ),
+        (
+            {"y\n": ONE, "x": TWO, "step": 1},
+            r"holds 2 dicts of tensors, which are the weights? found `x`, `y\n`; save the weights",
+        ),
+        ({"model": ONE, "state_dict": TWO}, "the weights? found `model`, `state_dict`; save"),
+    ],
+)
+def test_tensors_in_two_places_are_refused(tmp_path, value, message):
+    torch.save(value, tmp_path / "m.pt")
+    assert message in refusal(tmp_path / "m.pt")
+
+
+def test_a_dict_that_recurs_is_looked_at_once(tmp_path):
+    """Otherwise this takes 10^10 steps."""
+    inner = dict.fromkeys(range(100_000))
+    path = zipped(tmp_path / "m.pth", pickle.dumps(dict.fromkeys(range(100_000), inner), 2))
+    assert len(index(path).others) == 100
 
 
 def test_an_unaligned_file_of_zipfile_with_another_prefix_is_read(tmp_path):
@@ -473,7 +525,8 @@ BOMBS = {
     "text of 4 GiB": (b"X\xff\xff\xff\xff.", "its pickle is damaged"),
     "bytes of 2^56": (b"\x8e" + b"\xff" * 7 + b"\0.", "its pickle is damaged"),
     "a bytearray of 2^40": (b"\x96" + b"\xff" * 5 + b"\0\0\0.", "its pickle is damaged"),
-    "endless opcodes": (b"}" * 4_100_000 + b".", "more than 4000000 opcodes"),
+    "endless lists": (b"]" * 4_100_000 + b".", "makes more lists, dicts and tuples than a dict"),
+    "endless opcodes": (b"N" * 4_100_000 + b".", "more than 4000000 opcodes"),
     "a code object": (b"\x82\x01.", "uses the opcode EXT1"),
     "an empty stack": (b"u.", "its pickle is damaged"),
     "an unknown memo": (b"h\x07.", "its pickle is damaged"),
