@@ -1,6 +1,7 @@
 """Weights that are moved by name: nothing is lost, doubled or taken for a weight without a word."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -306,3 +307,11 @@ def test_weights_at_the_top_and_inside_are_refused(tmp_path: Path) -> None:
     refused(
         tmp_path, r"both at the top and inside", *move("statedict", source, "hf", tmp_path / "x")
     )
+
+
+def test_a_pipe_in_place_of_the_metadata_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "src", {"model": tensors()})
+    (tmp_path / "src" / ".metadata").unlink()
+    os.mkfifo(tmp_path / "src" / ".metadata")
+    described(tmp_path / "assets")
+    refused(tmp_path, r"`.*/\.metadata`: is not a file", *to_hf(tmp_path))

@@ -10,6 +10,7 @@ where. Objects that are no tensors are items too: they are listed, and never rea
 import math
 import os
 import re
+import stat
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,6 +111,8 @@ def read(root: Path) -> Directory:
         raise CheckpointError(_missing(root)) from None
     except OSError as error:
         raise CheckpointError(f"`{path}`: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"`{path}`: is not a file, which it must be")
     return _read(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
