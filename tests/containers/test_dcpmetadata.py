@@ -374,7 +374,7 @@ def test_a_missing_metadata_says_what_to_do(tmp_path):
 
 def test_a_directory_in_place_of_the_metadata_is_refused(tmp_path):
     (tmp_path / "c" / ".metadata").mkdir(parents=True)
-    assert "cannot be read: Is a directory" in refusal(tmp_path / "c")
+    assert ".metadata`: is not a file" in refusal(tmp_path / "c")
 
 
 SEED = pickle.dumps(metadata(ROWS | {"s": ((), [((), ())])}, others=("step",)), 4)
