@@ -48,7 +48,7 @@ KEY=VALUE sets any key of the configuration:
   src.assets                 a directory with the config, tokenizer, ... that the source lacks
   src.replicas=first|strict  what to do when replicated tensors differ
   src.tied src.rope_factor src.rope_interleaved src.rope    what the files of a source do not say;
-                             these and src.model also for inspect and verify (there both sides)
+                             these, src.model, src.assets also for inspect and verify (both sides)
   dst.dtype=keep|bfloat16|float16|float32
   dst.max_shard_size=5GB dst.embedding_dim=auto|0|1 dst.vocab_multiple=N
   dst.rope_interleaved=true|false dst.like=DIR

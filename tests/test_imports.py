@@ -129,7 +129,7 @@ HELPERS = {
     "nanotron_files": {"nanotron"},
     "nanotron_tree": {"nanotron"},
     "sampling": {"meta"},
-    "weights": {"dcp", "fsdp", "hf", "statedict", "titan"},
+    "weights": {"dcp", "fsdp", "hf", "statedict"},
 }
 # Of `formats`, modules below prepare see only what all formats share.
 SHARED_ONLY = ("topologies", "config", "workspace", "commit", "assets")

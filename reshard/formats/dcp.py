@@ -6,6 +6,7 @@ Where the directory is, which of its items are the weights and what the others a
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from reshard.containers import Skeleton, dcpmetadata
 from reshard.containers.dcpmetadata import Described, Directory, Item
 from reshard.errors import CheckpointError, LayoutError
 from reshard.formats.options import Chunks, Mesh
-from reshard.formats.weights import plain_name
+from reshard.formats.weights import plain_name, refuse_foreign
 from reshard.geometry import Region
 from reshard.layout import Layout, Parameter, Slot
 from reshard.placement import Boxes, Cut, Placement
@@ -191,13 +192,33 @@ def led_to(path: Path, root: Path) -> tuple[str, ...]:
     return () if root == path else (f"`{root.relative_to(path)}` is taken",)
 
 
-def require_weights(root: Path, keys: Mapping[str, str], left: Sequence[str]) -> None:
-    """Refuse a directory of something else."""
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A directory with weights: their `keys` by name inside the dict around them, and what else."""
+
+    root: Path
+    directory: Directory
+    keys: Mapping[str, str]
+    left: tuple[str, ...]
+
+
+def opened(path: Path, expected: str) -> Opened:
+    """The directory that `path` leads to; one without weights, or with LoRA's, is refused.
+
+    `expected` says what should be there, for the message.
+    """
+    root = folder_of(path)
+    if root is None:
+        raise CheckpointError(f"`{path}`: holds {expected}")
+    directory = dcpmetadata.read(root)
+    keys, left = weights_in(directory)
     if not keys:
         raise CheckpointError(
             f"`{root}`: holds no weights, only {', '.join(left) or 'nothing'}; "
             "name the directory of the model"
         )
+    refuse_foreign(keys, str(root))
+    return Opened(root, directory, keys, left)
 
 
 def chunks_of(directory: Directory, keys: Mapping[str, str]) -> dict[str, Chunks]:

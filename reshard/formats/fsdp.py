@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from reshard.containers import Skeleton, dcpmetadata
-from reshard.errors import CheckpointError, LayoutError
+from reshard.containers import Skeleton
+from reshard.errors import LayoutError
 from reshard.families import Model, carried
 from reshard.families.carried import CarriedConfig
 from reshard.formats import common, dcp, weights
@@ -72,13 +72,9 @@ def detect(path: Path) -> bool:
 
 def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a directory from its `.metadata`; the model from a config beside it."""
-    root, mesh = dcp.folder_of(path), options.mesh
-    if root is None:
-        raise CheckpointError(f"`{path}`: holds no DCP checkpoint: no .metadata in it or below")
-    directory = dcpmetadata.read(root)
-    keys, left = dcp.weights_in(directory)
-    dcp.require_weights(root, keys, left)
-    weights.refuse_foreign(keys, str(root))
+    found_at = dcp.opened(path, "no DCP checkpoint: no .metadata in it or below")
+    root, directory, keys = found_at.root, found_at.directory, found_at.keys
+    mesh = options.mesh
     folders = (*dcp.surroundings(path, root), *_trained_from(root))
     stored = [
         weights.Kept(name, directory.tensors[key].dtype, directory.tensors[key].shape)
@@ -103,7 +99,7 @@ def scan(path: Path, options: Options) -> Scan:
             *found.assumed,
             *dcp.mesh_note(mesh, laid_out.coordinates),
         ),
-        tuple(dict.fromkeys((*left, *dcp.beside(root)))),
+        tuple(dict.fromkeys((*found_at.left, *dcp.beside(root)))),
         folders=folders,
         ignored=dcp.foreign_to({chunks.key for chunks in held.values()}),
     )

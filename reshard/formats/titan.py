@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from reshard import families
-from reshard.containers import Skeleton, dcpmetadata
+from reshard.containers import Skeleton
 from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.families.model import ModelConfig
-from reshard.formats import common, dcp, meta_params, weights
+from reshard.formats import common, dcp, meta_params
 from reshard.formats.options import Chunks, Mesh, Options, Scan
 from reshard.geometry import Region, whole
 from reshard.layout import Layout, Parameter, Slot
@@ -223,10 +223,9 @@ def detect(path: Path) -> bool:
 
 def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a step from its `.metadata`; the model from a config."""
-    root, mesh = dcp.folder_of(path), options.mesh
-    if root is None:
-        raise CheckpointError(f"`{path}`: holds no complete step: no step-N with a .metadata")
-    chunks, left = _stored(root)
+    found_at, mesh = dcp.opened(path, "no complete step: no step-N with a .metadata"), options.mesh
+    root = found_at.root
+    chunks, left = _stored(found_at)
     folders = tuple(dict.fromkeys((*dcp.surroundings(path, root), root.parent / FOLDER)))
     model, origin = _model(root, folders, options)
     options = replace(options, rope=_rope(root, folders, options))
@@ -259,20 +258,16 @@ def scan(path: Path, options: Options) -> Scan:
     )
 
 
-def _stored(root: Path) -> tuple[dict[str, Chunks], tuple[str, ...]]:
+def _stored(found: dcp.Opened) -> tuple[dict[str, Chunks], tuple[str, ...]]:
     """What a step holds of each tensor of a model, by its bare name; and what else there is."""
-    directory = dcpmetadata.read(root)
-    inside, left = dcp.weights_in(directory)
-    dcp.require_weights(root, inside, left)
-    weights.refuse_foreign(inside, str(root))
     keys: dict[str, str] = {}
-    for name, key in inside.items():
+    for name, key in found.keys.items():
         if (bare := dcp.bare(name)) in keys:
-            raise CheckpointError(f"`{root}`: `{keys[bare]}` and `{key}` are both `{bare}`")
+            raise CheckpointError(f"`{found.root}`: `{keys[bare]}` and `{key}` are both `{bare}`")
         keys[bare] = key
     used = {name: key for name, key in keys.items() if name.rpartition(".")[2] != UNUSED}
     dropped = () if len(used) == len(keys) else (UNUSED,)
-    return dcp.chunks_of(directory, used), (*left, *dropped)
+    return dcp.chunks_of(found.directory, used), (*found.left, *dropped)
 
 
 def _model(root: Path, folders: Sequence[Path], options: Options) -> tuple[ModelConfig, str]:
