@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
+PEERS := .venv-peers
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check real titan clean
+.PHONY: help demo test check real titan goldens llamacpp clean
 
 help:
 	@echo 'make demo    reshard a tiny seeded Llama from 8 Meta files to Nanotron TP=4, on 8 ranks'
@@ -16,6 +17,8 @@ help:
 	@echo 'make check   formatting, lint, types and tests, as CI runs them'
 	@echo 'make real    reshard and load with the real libraries (transformers, gguf)'
 	@echo "make titan   TorchTitan's own model and adapter read what we write (an environment of 2 GB)"
+	@echo "make goldens configs and prompts by transformers' own converter (an environment of 1 GB)"
+	@echo 'make llamacpp  llama.cpp reads our GGUF files: same ids, same text (built in 15 minutes)'
 	@echo 'make clean   delete the environment, caches and the demo'
 	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS=$(PIP_FLAGS)'
 
@@ -38,8 +41,14 @@ titan: $(VENV)/.dev
 	@PYTHON=$(abspath $(BIN))/python PIP_FLAGS='$(PIP_FLAGS)' tests/real/titan.sh
 	@$(BIN)/python -m pytest tests/test_titan_adapter.py
 
+goldens: $(PEERS)/.made
+	@$(PEERS)/bin/python -m tests.real.goldens tests/goldens
+
+llamacpp: $(VENV)/.real
+	@PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(PYTHON) PIP_FLAGS='$(PIP_FLAGS)' tests/real/llamacpp.sh
+
 clean:
-	rm -rf $(VENV) .venv-titan .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info reshard-demo
+	rm -rf $(VENV) .venv-titan $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info reshard-demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -53,9 +62,17 @@ $(VENV)/.run: $(PINS) | $(BIN)/python
 $(VENV)/.dev: $(PINS) | $(BIN)/python
 	@echo 'installing reshard, its tests and its tools into $(VENV)'
 	@$(INSTALL) -e '.[test,dev]'
+	@$(INSTALL) --no-deps llama-models
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.real: $(PINS) | $(BIN)/python
 	@echo 'installing reshard and the real libraries into $(VENV)'
 	@$(INSTALL) -e '.[test,real]'
 	@touch $@ $(VENV)/.run
+
+# The last transformers whose wheel has the converter; its other packages are older than ours.
+$(PEERS)/.made: tests/real/peers.txt
+	@echo 'installing transformers 4.45 into $(PEERS)'
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r $<
+	@touch $@

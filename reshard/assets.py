@@ -13,6 +13,7 @@ PIECE_BYTES, ENTRY_BYTES = 1 << 20, 1 << 10
 ADDED_TOKEN = re.compile(rb'"id"\s*:\s*(\d{1,9})')
 TOKEN = re.compile(rb'"\s*:\s*(\d{1,9})\s*[,}]')
 MERGES = re.compile(rb'"merges"\s*:\s*\[')
+ORIGINAL = "original"
 LEGAL_TEXTS = ("LICENSE", "NOTICE", "USE_POLICY", "README")
 IMAGES = {"preprocessor": ("preprocessor_config.json", "processor_config.json")}
 
@@ -54,14 +55,17 @@ def carried(
     """Small files of the source to carry along, by their name in the target.
 
     The first of `folders` that has a file is taken. `known` are those that some format gives a
-    meaning; `kept_at_root` those that mean the same in the target.
+    meaning; `kept_at_root` those that mean the same in the target. Hugging Face's releases of Llama
+    keep the tokenizer that Meta's code reads in a folder `original`.
     """
     found: dict[str, Path] = {}
-    for folder in [part for own in folders for part in (own, own / common.ASSETS)]:
+    places = [(part, known) for own in folders for part in (own, own / common.ASSETS)]
+    places += [(own / ORIGINAL, (common.TOKENIZER_MODEL,)) for own in folders]
+    for folder, names in places:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            legal = path.name.upper().startswith(LEGAL_TEXTS)
+            legal = names is known and path.name.upper().startswith(LEGAL_TEXTS)
             if (
-                not (path.name in known or legal)
+                not (path.name in names or legal)
                 or not path.is_file()
                 or path.stat().st_size > MAX_ASSET_BYTES
             ):
@@ -76,6 +80,13 @@ def pieces_of(path: Path) -> Iterator[bytes]:
     with explained("read", path), path.open("rb") as file:
         while piece := file.read(PIECE_BYTES):
             yield piece
+
+
+def tokens_in(folders: Sequence[Path]) -> int | None:
+    """How many tokens the first tokenizer.json in `folders`, or in the assets of one, knows."""
+    places = [part for own in folders for part in (own, own / common.ASSETS)]
+    counts = (tokens_of(place) for place in places)
+    return next((count for count in counts if count is not None), None)
 
 
 def tokens_of(folder: Path) -> int | None:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from reshard.encodings import Encoding, decode, encode
 from reshard.geometry import row_major
 from reshard.layout import StoredTensor
 from reshard.packing import Packed, packed
@@ -74,15 +75,22 @@ def place_part(stored: StoredTensor, places: Places, buffer: Buffer) -> Part:
     offset, strides = places.locate(stored)
     odd = strides if strides != row_major(stored.shape) else None
     layout = packed(stored.slot.placement, stored.shard, stored.region, odd)
-    return Part(stored, layout, buffer.take(stored.nbytes), offset)
+    return Part(stored, layout, buffer.take(stored.room), offset)
 
 
 def runs_of(part: Part, buffer: Buffer) -> Iterator[tuple[int, memoryview]]:
-    """The runs of a part: where each lies in the file, and in `buffer`."""
+    """The runs of a part: where each lies in the file, and its elements in `buffer`."""
     size, position = part.stored.dtype.itemsize, part.base
     for first, count in part.packed.runs:
-        yield part.offset + first * size, buffer.memory[position : position + count * size]
+        room = buffer.memory[position : position + count * size]
+        yield part.offset + part.stored.bytes_of(first), room
         position += count * size
+
+
+def encoded(part: Part, room: memoryview) -> memoryview:
+    """The elements of a run as its file has them: coded in place where the tensor has a codec."""
+    encoding = part.stored.slot.encoding
+    return room if encoding is None else encode(encoding, room)
 
 
 def joined(runs: Iterable[Run]) -> Iterator[tuple[str, int, list[memoryview]]]:
@@ -106,9 +114,20 @@ def load(
 ) -> list[Part]:
     """Read parts of stored tensors into `buffer`, in as few calls as the files allow."""
     parts = [place_part(stored, places, buffer) for stored in wanted]
-    runs = (
-        (part.stored.file, offset, view) for part in parts for offset, view in runs_of(part, buffer)
-    )
-    for file, offset, views in joined(runs):
-        files.read(file, offset, views)
+    runs: list[Run] = []
+    coded: list[tuple[Encoding, memoryview]] = []
+    for part in parts:
+        encoding = part.stored.slot.encoding
+        for offset, room in runs_of(part, buffer):
+            if encoding is None:
+                runs.append((part.stored.file, offset, room))
+                continue
+            # Coded bytes are fewer: read to the end of the room, they unfold towards its begin.
+            count = encoding.size(room.nbytes // part.stored.dtype.itemsize)
+            runs.append((part.stored.file, offset, room[room.nbytes - count :]))
+            coded.append((encoding, room))
+    for file, begin, views in joined(runs):
+        files.read(file, begin, views)
+    for encoding, room in coded:
+        decode(encoding, room)
     return parts

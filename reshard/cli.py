@@ -49,8 +49,13 @@ KEY=VALUE sets any key of the configuration:
   src.replicas=first|strict  what to do when replicated tensors differ
   src.tied src.rope_factor src.rope_interleaved src.rope    what the files of a source do not say;
                              these, src.model, src.assets also for inspect and verify (both sides)
-  dst.dtype=keep|bfloat16|float16|float32
-  dst.max_shard_size=5GB dst.embedding_dim=auto|0|1 dst.vocab_multiple=N
+  src.version=1|2|code|3|3.1|3.2|3.3 src.instruct=true|false    which Llama a Meta directory is
+  src.vocab=N|tokenizer      rows beyond the vocabulary of N (or of tokenizer.json) are dropped
+  src.file=NAME              gguf: which of several files
+  dst.dtype=keep|bfloat16|float16|float32        gguf: q8_0, q5_0, q5_1, q4_0, q4_1 too
+  dst.vocab_multiple=N       pads the vocabulary with rows of zeros
+  dst.max_shard_size=5GB     hf
+  dst.embedding_dim=auto|0|1 meta
   dst.rope_interleaved=true|false dst.like=DIR
   dst.wrapper=model|none     fsdp: whether names stand below a dict `model`
   dst.rope=interleaved|half dst.keys=current|older dst.mesh.tp=N      titan

@@ -57,7 +57,8 @@ class TargetPlaces:
 
     def _skeleton(self, file: str) -> Skeleton:
         specs = [
-            TensorSpec(item.key, item.dtype, item.shape) for item in self._layout.contents(file)
+            TensorSpec(item.key, item.dtype, item.shape, item.encoding)
+            for item in self._layout.contents(file)
         ]
         return containers.skeleton(self._layout.container, specs, self._layout.header(file))
 
@@ -97,8 +98,9 @@ def lay_out(data: Path, layout: Layout, places: TargetPlaces, files: Iterable[st
             for key in skeleton.offsets
             if (file, key) in constants
         ]
-        create(data / file, skeleton.size, [*skeleton.chunks, *filled])
-        written += sum(len(chunk) for _, chunk in [*skeleton.chunks, *filled])
+        chunks = [(start, bytes(chunk)) for start, chunk in skeleton.chunks]
+        create(data / file, skeleton.size, [*chunks, *filled])
+        written += sum(len(chunk) for _, chunk in [*chunks, *filled])
     return written
 
 
@@ -118,7 +120,7 @@ def _tensor_crc(
     if data is not None and not records:
         return isal_zlib.crc32(data)
     position, crc = offset, 0
-    end = offset + content.nbytes - content.padding * content.dtype.itemsize
+    end = offset + content.nbytes - content.padding_bytes
     for record in records:
         if record.offset != position:
             problem = "no rank has written" if record.offset > position else "two runs have written"
@@ -134,7 +136,7 @@ def _tensor_crc(
             f"`{file}`: no rank has written bytes {position} to {end} of tensor `{content.key}`; "
             "this is a bug of the program: the result is not published"
         )
-    padding = content.padding * content.dtype.itemsize
+    padding = content.padding_bytes
     return isal_zlib.crc32_combine(crc, zero_crc(padding), padding)
 
 
@@ -168,7 +170,7 @@ def finish_file(
         )
     _patch(data / file, fields)
     for start, chunk in skeleton.chunks:
-        patched = bytearray(chunk)
+        patched = bytearray(bytes(chunk))
         for place, crc in fields.items():
             if start <= place < start + len(chunk):
                 struct.pack_into("<I", patched, place - start, crc)

@@ -14,8 +14,10 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from reshard.encodings import ENCODINGS, TOOL_ONLY
 from reshard.errors import ConfigError
 from reshard.families.model import Json
+from reshard.families.releases import VERSIONS
 from reshard.formats.options import Mesh, Options
 from reshard.topologies import (
     AXES,
@@ -32,12 +34,12 @@ MAX_TIMEOUT = 1e7
 TEXT_KEYS = frozenset(
     f"{side}.{key}"
     for side in ("src", "dst")
-    for key in ("topology", "path", "model", "like", "assets")
+    for key in ("topology", "path", "model", "like", "assets", "file")
 )
 # Keys that every format knows; the others are named by the formats.
 COMMON_KEYS = {
-    "src": ("topology", "format", "mesh", "path", "model", "replicas", "assets"),
-    "dst": ("topology", "format", "mesh", "path", "dtype", "like"),
+    "src": ("topology", "format", "mesh", "path", "model", "replicas", "assets", "vocab"),
+    "dst": ("topology", "format", "mesh", "path", "dtype", "like", "vocab_multiple"),
 }
 DTYPES = {
     "keep": None,
@@ -48,8 +50,9 @@ DTYPES = {
     "float32": torch.float32,
     "f32": torch.float32,
 }
+CODECS = (*ENCODINGS, *TOOL_ONLY)
 CHOICES = {
-    "dtype": tuple(DTYPES),
+    "dtype": (*DTYPES, *CODECS),
     "embedding_dim": ("auto", "0", "1"),
     "rope": ("auto", "interleaved", "half"),
     "keys": ("auto", "current", "older"),
@@ -93,7 +96,11 @@ class SourceConfig(TopologyConfig):
     replicas: str = "first"
     tied: bool | None = None
     rope_factor: float | None = None
+    version: str = "auto"
+    instruct: bool | None = None
     assets: str | None = None
+    file: str | None = None
+    vocab: str | None = None
 
 
 @dataclass
@@ -311,11 +318,20 @@ def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
         rope=None if config.rope == "auto" else config.rope,
         keys=None if config.keys == "auto" else config.keys,
         wrapper=None if config.wrapper == "auto" else config.wrapper,
+        encoding=config.dtype if config.dtype in CODECS else None,
     )
     if isinstance(config, SourceConfig):
+        _one_of("src.version", config.version, ("auto", *VERSIONS))
         assets = Path(config.assets).expanduser() if config.assets else None
         options = replace(
-            options, tied=config.tied, rope_factor=config.rope_factor, assets=_folder(assets)
+            options,
+            tied=config.tied,
+            rope_factor=config.rope_factor,
+            version=None if config.version == "auto" else config.version,
+            instruct=config.instruct,
+            assets=_folder(assets),
+            file=config.file,
+            vocab=_vocabulary(config.vocab),
         )
     path = Path(config.path).expanduser() if config.path else None
     plain = type(config)()
@@ -324,7 +340,16 @@ def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
     # A topology may leave the choice between formats to the files: "fsdp|titan".
     among = tuple(config.format.split("|")) if config.format else ()
     only = among[0] if len(among) == 1 else None
-    return Side(only, path, options, DTYPES[config.dtype], changed, among)
+    return Side(only, path, options, DTYPES.get(config.dtype), changed, among)
+
+
+def _vocabulary(asked: str | None) -> int | str | None:
+    """src.vocab: a number of rows, or where to count them."""
+    if asked is None or asked == "tokenizer":
+        return asked
+    if re.fullmatch(r"[1-9]\d{0,9}", asked) is None:
+        raise ConfigError(f"src.vocab: `{asked}` is neither a number of rows nor `tokenizer`")
+    return int(asked)
 
 
 def _folder(assets: Path | None) -> Path | None:

@@ -19,11 +19,13 @@ from reshard.buffers import (
     Buffer,
     Part,
     Places,
+    encoded,
     joined,
     load,
     place_part,
     runs_of,
 )
+from reshard.casts import Losses, narrows
 from reshard.checks import Check, checks_of
 from reshard.errors import ConfigError
 from reshard.geometry import Region
@@ -131,13 +133,13 @@ class Engine:
         crossing = exchange is not None
         self._sent = Buffer(capacity if crossing else 0, pinned=pinned)
         self._received = Buffer(capacity if crossing else 0, pinned=pinned)
-        sizes = {
-            slot.dtype.itemsize for layout in (plan.source, plan.target) for slot in layout.slots
-        }
+        places = plan.source.places, plan.target.places
+        sizes = {min(side[name][0].dtype.itemsize for side in places) for name in plan.names}
         self._unit = 1 if len(sizes) == 1 else max(sizes)
         self._capacity = capacity
         self.counters = Counters()
         self.checks: list[Check] = []
+        self.losses = Losses()
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Go through all rounds; `progress` is called with the bytes of blocks that are done."""
@@ -190,16 +192,24 @@ class Engine:
         return sum(piece.nbytes for rank, piece in pieces if rank == self._rank)
 
     def _finished(self, move: Move) -> bool:
-        """Whether an earlier attempt wrote all of a move, and nothing of it has to be compared."""
-        if not len(self._done) or any(stored.copy for _, stored in move.reads):
+        """Whether an earlier attempt wrote all of a move, and nothing of it has to be looked at.
+
+        Copies are compared, and losses of a cast counted, over all that is moved.
+        """
+        wanted = move.pieces[0][1].dtype
+        if not len(self._done) or any(
+            stored.copy or narrows(stored.dtype, wanted) for _, stored in move.reads
+        ):
             return False
         return all(self._written(piece) for _, piece in move.pieces)
 
     def _written(self, piece: StoredTensor) -> bool:
         offset, _ = self._target.locate(piece)
-        number, size = self._file_numbers[piece.file], piece.dtype.itemsize
+        number = self._file_numbers[piece.file]
         runs = packed(piece.slot.placement, piece.shard, piece.region).runs
-        return all(self._done.get(number, offset + first * size) is not None for first, _ in runs)
+        return all(
+            self._done.get(number, offset + piece.bytes_of(first)) is not None for first, _ in runs
+        )
 
     # Stage 2: exchange and permute.
 
@@ -209,6 +219,8 @@ class Engine:
         arrived = self._swap(current, source)
         for place, move in enumerate(current.moves):
             own = current.parts(place, 0)
+            for part in own:
+                self.losses.count(part, source, move.pieces[0][1].dtype)
             for rank, stored in move.pieces:
                 if rank != self._rank:
                     continue
@@ -282,7 +294,11 @@ class Engine:
         runs: list[tuple[str, int, memoryview]] = []
         for piece in current.pieces:
             number = self._file_numbers[piece.stored.file]
-            for offset, view in runs_of(piece, target):
+            for offset, room in runs_of(piece, target):
+                view = encoded(piece, room)
+                self.losses.count_coded(
+                    piece.stored.slot.parameter, piece.stored.slot.encoding, view
+                )
                 crc = isal_zlib.crc32(view)
                 if self._done.get(number, offset) == crc:
                     self.counters.resumed += view.nbytes

@@ -128,7 +128,7 @@ def _parameters(scan: Scan) -> int:
 
 
 def _dtypes(scan: Scan) -> list[str]:
-    return sorted({str(slot.dtype).removeprefix("torch.") for slot in scan.layout.slots})
+    return sorted({common.stored_text(slot.dtype, slot.encoding) for slot in scan.layout.slots})
 
 
 def _rope(scan: Scan) -> str:
@@ -143,6 +143,7 @@ def _readiness(scan: Scan) -> Readiness:
         for folder in dict.fromkeys((scan.root, *scan.folders, *_asked(scan)))
         for name in assets.present(folder, {*formats.asset_names(), *CONFIGS})
     ]
+    names += scan.inside
     record = scan.model.to_json().get("config")
     needed = formats.named(scan.format).NEEDED
     return assets.readiness(names, needed, record if isinstance(record, dict) else {})

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from reshard import commit, journal
+from reshard.casts import Losses, summary
 from reshard.checks import Check
 from reshard.config import JobConfig
 from reshard.distributed import Ranks
@@ -30,7 +31,7 @@ def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], No
     """Do the whole job on all ranks; the report is complete on rank 0."""
     begun, import_rss = time.monotonic(), memory_of("VmRSS")
     ranks.phase("plan")
-    prepared = ranks.together(lambda: prepare(config))
+    prepared = prepare(config, ranks)
     if config.target.path is None:
         raise ConfigError("dst.path: where to? give dst.path=DIR")
     scan = prepared.scan
@@ -128,14 +129,17 @@ class _Run:
         done = self._resume() if state is State.RESUMED else Table.empty()
         ranks.barrier("files laid out")
         with Journal(workspace.journals, attempt, ranks.rank) as records:
-            counters, checks = self._run_rounds(places, records, done)
+            counters, checks, losses = self._run_rounds(places, records, done)
         counters.written += written
         ranks.barrier("moved")
-        return counters, self._compare(checks)
+        warnings = [*self._compare(checks), *summary(ranks.gather(losses))]
+        for line in warnings if ranks.rank == 0 else ():
+            self.say(f"warning: {line}")
+        return counters, warnings
 
     def _run_rounds(
         self, places: commit.TargetPlaces, records: Journal, done: Table
-    ) -> tuple[Counters, list[Check]]:
+    ) -> tuple[Counters, list[Check], Losses]:
         """Run this rank's rounds, and bring what it wrote to the disk of the machine it runs on."""
         ranks = self.ranks
         reading = Files(self.scan.root, os.O_RDONLY)
@@ -161,7 +165,7 @@ class _Run:
             records.sync()
         reading.close()
         writing.close()
-        return engine.counters, engine.checks
+        return engine.counters, engine.checks, engine.losses
 
     def _share(self) -> int:
         """Bytes of the blocks that this rank goes through: all of them in collective mode."""
@@ -208,8 +212,6 @@ class _Run:
             if self.ranks.rank == 0:
                 self.workspace.discard()
             raise
-        for line in warnings:
-            self.say(f"warning: {line}")
         return warnings
 
     def _commit(self, places: commit.TargetPlaces) -> int:
@@ -260,7 +262,7 @@ class _Run:
         )
         small = {
             name: commit.write_pieces(data / name, pieces, what, fsync=fsync)
-            for what, group in (("text", small_files(prepared, self.scan)), ("header", closing))
+            for what, group in (("text", small_files(prepared)), ("header", closing))
             for name, pieces in group.items()
         }
         body = {

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from reshard.encodings import Encoding, stored_bytes
 from reshard.errors import LayoutError
 from reshard.geometry import Region, Window, item_name, whole
 from reshard.placement import Placement
@@ -42,7 +43,8 @@ class Slot:
     `file` is a template with `{shard}`. Shard `s` belongs to the mesh coordinate `coordinate + s`.
     Where a checkpoint that exists decides them, `spread` has the file and the coordinate of each
     shard instead. `boxed` keys are those of a tensor that its files hold box by box. Copies of a
-    parameter must agree to the bit where `strict`; where not, the first one is taken.
+    parameter must agree to the bit where `strict`; where not, the first one is taken. `dtype` is
+    that of the values: float32 where an `encoding` says how they are stored.
     """
 
     parameter: str
@@ -54,6 +56,7 @@ class Slot:
     strict: bool = True
     boxed: bool = False
     spread: tuple[tuple[str, int], ...] = ()
+    encoding: Encoding | None = None
 
     def file_of(self, shard: int) -> str:
         """The file that holds `shard`."""
@@ -95,8 +98,17 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the region that was asked for."""
+        """Bytes of the region in the file."""
+        return self.bytes_of(self.region.numel)
+
+    @property
+    def room(self) -> int:
+        """Bytes of the region in memory, where its values are plain elements."""
         return self.region.numel * self.dtype.itemsize
+
+    def bytes_of(self, elements: int) -> int:
+        """Bytes that a number of consecutive elements take in the file."""
+        return stored_bytes((elements,), self.dtype, self.slot.encoding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +122,17 @@ class Content:
     dtype: torch.dtype
     shape: tuple[int, ...]
     padding: int = 0
+    encoding: Encoding | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole stored tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return stored_bytes(self.shape, self.dtype, self.encoding)
+
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes of the padding, which ends the tensor."""
+        return stored_bytes((self.padding,), self.dtype, self.encoding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +144,7 @@ class Constant:
     data: bytes
 
 
-def no_metadata(template: str, shard: int) -> Mapping[str, str]:
+def no_metadata(template: str, shard: int) -> Mapping[str, object]:
     """The header metadata of a format that has none."""
     return {}
 
@@ -145,7 +163,7 @@ class Layout:
     coordinates: int
     slots: tuple[Slot, ...]
     constants: tuple[Constant, ...] = ()
-    metadata: Callable[[str, int], Mapping[str, str]] = field(default=no_metadata, compare=False)
+    metadata: Callable[[str, int], Mapping[str, object]] = field(default=no_metadata, compare=False)
 
     @cached_property
     def places(self) -> Mapping[str, tuple[Slot, ...]]:
@@ -202,21 +220,21 @@ class Layout:
     def contents(self, file: str) -> tuple[Content, ...]:
         """The stored tensors of `file`, in the order in which a writer lays them out."""
         covered: dict[str, int] = {}
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        tensors: dict[str, tuple[Slot, tuple[int, ...]]] = {}
         for slot, shard in self.members(file):
             shape = slot.placement.stored_shape(shard)
             if slot.boxed and not slot.placement.box(shard).numel:
                 continue
             key, held = slot.key_of(shard), slot.placement.regions(shard)
-            tensors[key] = (slot.dtype, shape)
+            tensors[key] = (slot, shape)
             covered[key] = covered.get(key, 0) + sum(region.numel for region in held)
         made = [
-            Content(key, dtype, shape, math.prod(shape) - covered[key])
-            for key, (dtype, shape) in tensors.items()
+            Content(key, slot.dtype, shape, math.prod(shape) - covered[key], slot.encoding)
+            for key, (slot, shape) in tensors.items()
         ]
         return (*made, *(constant.content for constant in self.constants if constant.file == file))
 
-    def header(self, file: str) -> Mapping[str, str]:
+    def header(self, file: str) -> Mapping[str, object]:
         """The metadata in the header of `file`."""
         return self.metadata(*self._shards_of.get(file, (file, 0)))
 

@@ -78,17 +78,24 @@ def wire_itemsize(message: Message, target: StoredTensor) -> int:
     return min(message.stored.dtype.itemsize, target.dtype.itemsize)
 
 
-def loads_of(move: Move, align: int) -> dict[int, Load]:
-    """The bytes that one move puts on each rank it concerns, each part rounded up to `align`."""
+def loads_of(move: Move, align: int | None = None) -> dict[int, Load]:
+    """The bytes that one move puts on each rank it concerns.
+
+    Those that the files and the wire carry; with `align`, the room that they take in buffers, each
+    part rounded up to it.
+    """
     loads: dict[int, Load] = {}
 
+    def size(stored: StoredTensor) -> int:
+        return stored.nbytes if align is None else up(stored.room)
+
     def up(nbytes: int) -> int:
-        return -(-nbytes // align) * align
+        return nbytes if align is None else -(-nbytes // align) * align
 
     for rank, stored in move.reads:
-        loads.setdefault(rank, Load()).read += up(stored.nbytes)
+        loads.setdefault(rank, Load()).read += size(stored)
     for rank, piece in move.pieces:
-        loads.setdefault(rank, Load()).written += up(piece.nbytes)
+        loads.setdefault(rank, Load()).written += size(piece)
     for message in move.messages:
         nbytes = up(message.region.numel * wire_itemsize(message, move.pieces[0][1]))
         loads.setdefault(message.reader, Load()).sent += nbytes

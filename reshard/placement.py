@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from reshard.geometry import Region, Window, row_major
+from reshard.geometry import Region, Window, row_major, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,8 @@ class Placement:
     `interleaved` rows of a head are stored first half and second half in turn, as Meta's RoPE pairs
     them. `groups` says which stored rows are this parameter's where others stand between them, and
     `lead` at which index of a further leading dim the parameter stands. `whole` is the stored
-    index space where it is not the parameter's shape.
+    index space where it is not the parameter's shape; rows that it has more, where nothing else
+    explains them, are padding after those of the parameter.
     """
 
     shape: tuple[int, ...]
@@ -169,6 +170,8 @@ class Placement:
         edges = self.cut.edges()
         if self.groups is not None:
             edges = tuple(sorted({self.groups.before(edge) for edge in edges}))
+        elif self.whole is not None:
+            edges = tuple(edge for edge in edges if edge < self.shape[0])
         if self.interleaved:
             edges = tuple(edge for edge in edges if edge % self.interleaved == 0)
         return edges
@@ -201,7 +204,7 @@ class Placement:
                 return None
             return Region(box.start[1:], box.stop[1:])
         if self.groups is None:
-            return box
+            return box if self.whole is None else box & whole(self.shape)
         low, high = self.groups.before(box.start[0]), self.groups.before(box.stop[0])
         if low == high:
             return None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
+from reshard.encodings import stored_bytes
 from reshard.errors import ConfigError
 from reshard.geometry import Region, whole
 from reshard.layout import Layout, Slot, StoredTensor
@@ -286,7 +287,7 @@ class Plan:
         """Loads of all blocks of one parameter."""
         loads: dict[int, Load] = {}
         for block in self.blocks(parameter):
-            for rank, load in loads_of(self.move(block), 1).items():
+            for rank, load in loads_of(self.move(block)).items():
                 loads.setdefault(rank, Load()).add(load)
         return loads
 
@@ -353,6 +354,7 @@ def _geometry(slots: Sequence[Slot]) -> object:
         (
             slot.placement,
             slot.dtype,
+            slot.encoding,
             tuple(place - home for _, place in slot.spread) or slot.coordinate - home,
         )
         for slot in slots
@@ -362,6 +364,6 @@ def _geometry(slots: Sequence[Slot]) -> object:
 def _volume(slots: Sequence[Slot]) -> int:
     """Bytes of all places of one parameter."""
     return sum(
-        whole(slot.placement.shape).numel * slot.placement.cut.copies * slot.dtype.itemsize
+        stored_bytes(slot.placement.shape, slot.dtype, slot.encoding) * slot.placement.cut.copies
         for slot in slots
     )

@@ -2,15 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from reshard import assets, families, formats
+from reshard import assets, formats
 from reshard.assets import Readiness
-from reshard.config import JobConfig, Side
+from reshard.casts import narrows
+from reshard.config import JobConfig
+from reshard.encodings import require_codecs
 from reshard.errors import CheckpointError, ConfigError, IncompleteError, LayoutError
 from reshard.families import Model
 from reshard.families.model import ModelConfig
@@ -18,14 +19,19 @@ from reshard.formats.options import Options, Scan
 from reshard.layout import Layout, Parameter, check_covered, check_same_parameters
 from reshard.placement import Boxes
 from reshard.plan import Plan
+from reshard.smallfiles import Alone, Meeting, SmallFiles, gather
+from reshard.sources import Source, require_known_keys, source_of
 from reshard.units import size_text
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All that is known of a job before a byte moves; `scan` None: the source is only imagined."""
+    """All that is known of a job before a byte moves; `scan` None: the source is only imagined.
+
+    `stored_model` is `target_model` as the target's own files have it, its vocabulary maybe padded.
+    """
 
     config: JobConfig
     model: Model
@@ -34,17 +40,22 @@ class Prepared:
     target_format: formats.Format
     target_options: Options
     target_model: Model
+    stored_model: Model
     scan: Scan | None
+    small: SmallFiles
     notes: tuple[str, ...] = ()
+
+    def made_files(self) -> dict[str, bytes]:
+        """The texts that the target's format makes, but those that are carried along."""
+        made = self.target_format.side_files(self.stored_model, self.target, self.target_options)
+        return {name: data for name, data in made.items() if name not in self.small.facts.names}
 
     def readiness(self) -> Readiness:
         """The small files that the target will have, and what will be missing."""
-        target = self.target_format
-        carried = () if self.scan is None else tuple(_carried(self.scan, target))
-        made = target.side_files(self.target_model, self.target, self.target_options)
         record = self.target_model.to_json().get("config")
         config = record if isinstance(record, dict) else {}
-        return assets.readiness((*made, *carried), target.NEEDED, config)
+        names = (*self.made_files(), *self.small.facts.names)
+        return assets.readiness(names, self.target_format.NEEDED, config)
 
     def plan(self, world: int) -> Plan:
         """The plan for `world` ranks."""
@@ -52,58 +63,81 @@ class Prepared:
         return Plan(self.source, self.target, world, engine.exchange, engine.writers)
 
 
-def open_source(side: Side, name: str = "src") -> Scan:
-    """Scan a checkpoint that exists; its format is detected where the config does not say it."""
-    if side.path is None:
-        raise ConfigError(f"{name}.path: which checkpoint? give {name}.path=DIR")
-    if not side.path.is_dir():
-        raise CheckpointError(f"`{side.path}`: no such directory ({name}.path)")
-    if side.format is None:
-        found = formats.detect(side.path, side.among)
-    else:
-        found = formats.named(side.format)
-        formats.refuse_foreign(found, side.path)
-    return found.scan(side.path, side.options)
+def prepare(config: JobConfig, meeting: Meeting | None = None) -> Prepared:
+    """Scan or imagine the source, lay out the target, and refuse what cannot be.
+
+    All ranks of `meeting` do so together.
+    """
+    meeting = meeting or Alone()
+    begun = meeting.together(lambda: _begin(config))
+    scan = begun.source.scan
+    small = (
+        gather(scan, begun.format, begun.stored_model, meeting)
+        if scan is not None
+        else SmallFiles()
+    )
+    return meeting.together(lambda: _finish(config, begun, small))
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """What a job starts from; `scan` None: the checkpoint is only imagined."""
+class _Begun:
+    """A job whose two ends are known, before the target is laid out."""
 
+    source: Source
+    format: formats.Format
+    options: Options
+    dtype: torch.dtype | None
     model: Model
+    stored_model: Model
     parameters: tuple[Parameter, ...]
-    layout: Layout
-    notes: tuple[str, ...]
-    scan: Scan | None
 
 
-def prepare(config: JobConfig) -> Prepared:
-    """Scan or imagine the source, lay out the target, and refuse what cannot be."""
-    source = _scanned(config.source) if config.source.path is not None else _imagined(config.source)
+def _begin(config: JobConfig) -> _Begun:
+    """Look at both ends, and refuse what does not go together."""
+    source = source_of(config.source)
+    if any(slot.encoding is not None for slot in source.layout.slots):
+        require_codecs()
     target_format, options, dtype = _target(config)
-    _require_known_keys(config.target, "dst", target_format, set(target_format.TARGET_KEYS))
-    if not (isinstance(source.model, ModelConfig) or target_format.ANY_FAMILY):
-        raise LayoutError(
-            f"{target_format.NAME}: needs to know what each tensor of a model is, and the model "
-            f"type {source.model.model_type} is not known; use --dst hf or fsdpN, which move by "
-            "name"
-        )
+    if options.encoding is not None:
+        target_format.require_encoding(options.encoding, config.target.path)
+    require_known_keys(config.target, "dst", target_format, set(target_format.TARGET_KEYS))
+    formats.require_held(target_format, source.model)
     model, parameters = _cast(source, dtype)
-    target = target_format.layout(parameters, model, options)
+    stored, _ = formats.padded(target_format, parameters, model, options)
+    return _Begun(source, target_format, options, dtype, model, stored, parameters)
+
+
+def _finish(config: JobConfig, begun: _Begun, small: SmallFiles) -> Prepared:
+    """Lay out the target, and say what is to be known of it."""
+    source, target_format = begun.source, begun.format
+    model, stored = begun.model, begun.stored_model
+    options = replace(begun.options, tokenizer=small.header())
+    target = formats.laid_out(target_format, begun.parameters, model, options)
     check_covered(source.layout)
     check_same_parameters(source.layout, target)
     notes = (
         *source.notes,
-        *_dtype_notes(source.model.dtype, dtype, target),
-        *(f"target: {line}" for line in target_format.notes(model, options)),
+        *(() if options.encoding else _dtype_notes(source.model.dtype, begun.dtype, target)),
+        *(f"target: {line}" for line in target_format.notes(stored, options)),
+        *_padding_note(model, stored),
     )
     scan = source.scan
     if scan is not None:
-        notes += _tokenizer_note(scan, model)
+        notes += (*small.facts.notes, *_tokenizer_note(scan, model))
         if scan.left_behind:
             notes += (f"left behind: {', '.join(scan.left_behind)} (weights only are moved)",)
     found = Prepared(
-        config, source.model, source.layout, target, target_format, options, model, scan, notes
+        config,
+        source.model,
+        source.layout,
+        target,
+        target_format,
+        options,
+        model,
+        stored,
+        scan,
+        small,
+        notes,
     )
     if config.engine.require_complete and (missing := found.readiness().missing):
         raise IncompleteError(
@@ -113,39 +147,7 @@ def prepare(config: JobConfig) -> Prepared:
     return found
 
 
-def _scanned(side: Side) -> _Source:
-    """A checkpoint that exists."""
-    scan = open_source(side)
-    known = formats.named(scan.format)
-    _require_known_keys(side, "src", known, set(known.SOURCE_KEYS))
-    notes = tuple(f"source: {line}" for line in scan.assumed)
-    return _Source(scan.model, scan.parameters, scan.layout, notes, scan)
-
-
-def _imagined(side: Side) -> _Source:
-    """The layout that a topology gives a model, without a checkpoint."""
-    if len(side.among) > 1:
-        raise ConfigError(
-            f"--src: only the files tell whether it is {' or '.join(side.among)}; give src.path=DIR"
-        )
-    model = side.options.model
-    if model is None or side.format is None:
-        raise ConfigError(
-            "src.path: which checkpoint? give src.path=DIR, or src.model=NAME to plan without one"
-        )
-    if not isinstance(model, ModelConfig):
-        raise ConfigError(
-            f"src.model: the model type {model.model_type} is not known, so that its tensors "
-            "are known only from a checkpoint; give src.path=DIR"
-        )
-    known = formats.named(side.format)
-    _require_known_keys(side, "src", known, set(known.SOURCE_KEYS))
-    parameters = tuple(families.parameters(model))
-    layout = known.layout(parameters, model, side.options)
-    return _Source(model, parameters, layout, (), None)
-
-
-def _cast(source: _Source, dtype: torch.dtype | None) -> tuple[Model, tuple[Parameter, ...]]:
+def _cast(source: Source, dtype: torch.dtype | None) -> tuple[Model, tuple[Parameter, ...]]:
     """The model and its parameters in the target's dtype; what is no weight keeps its own."""
     if dtype is None:
         return source.model, source.parameters
@@ -174,7 +176,23 @@ def _dtype_notes(stored: str, dtype: torch.dtype | None, target: Layout) -> tupl
         size = size_text(target.total_bytes())
         return (f"weights are float32, {size}; dst.dtype=bfloat16 halves them",)
     wanted = stored if dtype is None else str(dtype).removeprefix("torch.")
-    return (f"target: cast from {stored} to {wanted}",) if wanted != stored else ()
+    if wanted == stored:
+        return ()
+    counted = (
+        "; values that overflow or become zero are counted" if _narrows(stored, wanted) else ""
+    )
+    return (f"target: cast from {stored} to {wanted}{counted}",)
+
+
+def _narrows(stored: str, wanted: str) -> bool:
+    return narrows(getattr(torch, stored), getattr(torch, wanted))
+
+
+def _padding_note(model: Model, stored: Model) -> tuple[str, ...]:
+    """A line on the rows that a target has beyond the vocabulary."""
+    if model.vocab == stored.vocab:
+        return ()
+    return (f"target: vocabulary padded from {model.vocab} to {stored.vocab} rows of zeros",)
 
 
 def _tokenizer_note(scan: Scan, model: Model) -> tuple[str, ...]:
@@ -183,9 +201,10 @@ def _tokenizer_note(scan: Scan, model: Model) -> tuple[str, ...]:
     tokens = assets.tokens_of(folder) if folder is not None else None
     if tokens is None or not isinstance(model, ModelConfig) or tokens == model.vocab:
         return ()
+    drop = "; src.vocab=tokenizer drops the others" if model.vocab > tokens else ""
     return (
         f"warning: the embedding has {model.vocab} rows, but the tokenizer in src.assets knows "
-        f"{tokens} tokens",
+        f"{tokens} tokens{drop}",
     )
 
 
@@ -232,32 +251,11 @@ def _target(config: JobConfig) -> tuple[formats.Format, Options, torch.dtype | N
     return sample, taken, side.dtype or getattr(torch, scan.model.dtype)
 
 
-def _require_known_keys(side: Side, name: str, known: formats.Format, keys: Set[str]) -> None:
-    """Refuse keys that would be dropped without a word."""
-    if unknown := sorted(side.given - keys):
-        raise ConfigError(
-            f"{name}.{unknown[0]} does not apply to {known.NAME} as a "
-            f"{'source' if name == 'src' else 'target'}; what does: "
-            f"{', '.join(sorted(keys)) or 'nothing of the kind'}"
-        )
-
-
-def _carried(scan: Scan, target: formats.Format) -> dict[str, Path]:
-    """The small files that lie around the source, by their names in the target."""
-    asked = (scan.options.assets,) if scan.options.assets is not None else ()
-    folders = tuple(dict.fromkeys((*asked, scan.root, *scan.folders)))
-    return assets.carried(folders, formats.asset_names(), target.ASSETS)
-
-
-def small_files(prepared: Prepared, scan: Scan) -> dict[str, Iterable[bytes]]:
-    """The texts of the target, and the small files carried from the source, by name, in pieces."""
-    made = prepared.target_format.side_files(
-        prepared.target_model, prepared.target, prepared.target_options
-    )
-    carried = _carried(scan, prepared.target_format)
+def small_files(prepared: Prepared) -> dict[str, Iterable[bytes]]:
+    """The small files of the target by name, in pieces; for the first rank, which has them all."""
     return {
-        **{name: (data,) for name, data in made.items()},
-        **{name: assets.pieces_of(path) for name, path in carried.items()},
+        **{name: (data,) for name, data in prepared.made_files().items()},
+        **{name: assets.pieces_of(path) for name, path in prepared.small.paths.items()},
     }
 
 
@@ -268,10 +266,7 @@ def job_digest(prepared: Prepared, plan: Plan) -> str:
         for file in prepared.scan.layout.files:
             status = os.stat(prepared.scan.root / file)
             record.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
-        for name, pieces in sorted(small_files(prepared, prepared.scan).items()):
-            record.update(repr(name).encode())
-            for piece in pieces:
-                record.update(piece)
+        record.update(repr((prepared.made_files(), prepared.small.facts.digest)).encode())
     strict = prepared.config.strict_replicas
     record.update(repr((CODE_VERSION, prepared.target.files, strict)).encode())
     return record.hexdigest()

@@ -20,6 +20,7 @@ from reshard.formats.options import Options, Scan
 from reshard.layout import StoredTensor, check_same_parameters
 from reshard.packing import copies
 from reshard.plan import Plan
+from reshard.sources import without_padding
 from reshard.storage import Files, crc32_of
 from reshard.units import size_text
 
@@ -175,7 +176,7 @@ def _check_share(scans: Sequence[Scan], ranks: Ranks) -> None:
 
 
 def _scan(path: Path, options: Options) -> Scan:
-    return formats.detect(path).scan(path, options)
+    return without_padding(formats.detect(path).scan(path, options))
 
 
 def _capacity(plan: Plan, memory: int) -> int:

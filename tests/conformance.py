@@ -1,9 +1,11 @@
 """What every layout must keep, whatever its format: checked element by element."""
 
+import math
 import re
 
 import torch
 
+from reshard.containers.gguffile import Fields, Value
 from reshard.geometry import whole
 from reshard.layout import Layout, StoredTensor
 
@@ -17,7 +19,7 @@ def check_layout(layout: Layout) -> None:
 
 def check_names(layout: Layout) -> None:
     """Keys are unique in a file, files are relative and below the directory, coordinates exist."""
-    assert re.fullmatch(r"[a-z]+\d*([a-z]+\d+)*", layout.name), layout.name
+    assert re.fullmatch(r"[a-z]+\d*([a-z]+\d+)*( B?[FQ]\d+(_\d)?)?", layout.name), layout.name
     assert len(set(layout.files)) == len(layout.files)
     for file in layout.files:
         assert not file.startswith("/")
@@ -26,7 +28,9 @@ def check_names(layout: Layout) -> None:
         assert keys or layout.container == "dcpfile", f"{file} is empty"
         assert len(set(keys)) == len(keys), f"{file}: {keys}"
         header = layout.header(file)
-        assert all(isinstance(text, str) for pair in header.items() for text in pair)
+        kinds = (Value, Fields) if layout.container == "gguffile" else (str,)
+        assert all(isinstance(key, str) for key in header)
+        assert all(isinstance(value, kinds) for value in header.values())
     constants = [(item.file, item.content.key) for item in layout.constants]
     assert len(set(constants)) == len(constants)
     assert all(len(item.data) == item.content.nbytes for item in layout.constants)
@@ -41,7 +45,7 @@ def check_covered_once(layout: Layout) -> None:
         (file, content.key): content for file in layout.files for content in layout.contents(file)
     }
     hits = {
-        place: torch.zeros(content.nbytes // content.dtype.itemsize, dtype=torch.int8)
+        place: torch.zeros(math.prod(content.shape), dtype=torch.int8)
         for place, content in contents.items()
     }
     for stored in stored_tensors(layout):

@@ -9,7 +9,8 @@ import torch
 from hypothesis import strategies as st
 
 from reshard import families, formats
-from reshard.families.model import ModelConfig, from_hf
+from reshard.encodings import ENCODINGS
+from reshard.families.model import ModelConfig
 from reshard.formats.options import Chunks, Mesh, Options
 from reshard.geometry import Region, whole
 from reshard.layout import Layout, Slot
@@ -17,6 +18,7 @@ from reshard.placement import Boxes, Cut, Groups, Placement, chunked, uncut
 from tests.oracles import models
 
 BUILDERS = {"a": models.model_a, "b": models.model_b, "c": models.model_c}
+QWEN2 = {"model_type": "qwen2"}
 
 
 @cache
@@ -27,7 +29,7 @@ def oracle(name: str, *, tied: bool = False, **overrides: Any) -> models.Model:
 
 def config_of(name: str, *, tied: bool = False, **overrides: Any) -> ModelConfig:
     """The canonical config of model A, B or C."""
-    return from_hf(oracle(name, tied=tied, **overrides).config, name)
+    return families.from_hf(oracle(name, tied=tied, **overrides).config, name)
 
 
 def layout_of(model: ModelConfig, name: str, dtype: torch.dtype | None = None, **chosen) -> Layout:
@@ -37,7 +39,7 @@ def layout_of(model: ModelConfig, name: str, dtype: torch.dtype | None = None, *
     parameters = families.parameters(model)
     if dtype is not None:
         parameters = [replace(parameter, dtype=dtype) for parameter in parameters]
-    return formats.named(name).layout(parameters, model, options)
+    return formats.laid_out(formats.named(name), parameters, model, options)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def cases() -> list[Case]:
         *_fsdp_cases(),
         *_titan_cases(),
         *_statedict_cases(),
+        *_gguf_cases(),
     ]
     assert {case.format for case in found} == set(formats.formats()), "a format without a case"
     return found
@@ -87,6 +90,11 @@ def _hf_cases() -> Iterator[Case]:
     yield Case("hf", model, "a-tied-stored-twice", {"files": both})
     biased = config_of("b", attention_bias=True, mlp_bias=True)
     yield Case("hf", biased, "b-biased", {"max_shard_bytes": 20_000})
+    yield Case("hf", config_of("b", **QWEN2), "b-qwen2", {})
+    yield Case("hf", config_of("a", model_type="mistral"), "a-mistral", {})
+    for tied in (False, True):
+        model, label = config_of("b", tied=tied), f"b{'-tied' if tied else ''}"
+        yield Case("hf", model, label, {"vocab_multiple": 64, "max_shard_bytes": 1})
 
 
 def _meta_cases() -> Iterator[Case]:
@@ -104,6 +112,10 @@ def _meta_cases() -> Iterator[Case]:
     yield Case("meta", many, "a-kv3", {"tp": 12, "embedding_dim": 0})
     old = config_of("c", rope_theta=10000.0)
     yield Case("meta", old, "c-old", {"tp": 3})
+    for dim in (0, 1):
+        for tied in (False, True):
+            model, label = config_of("a", tied=tied), f"a{'-tied' if tied else ''}"
+            yield Case("meta", model, label, {"tp": 6, "embedding_dim": dim, "vocab_multiple": 96})
 
 
 def _nanotron_cases() -> Iterator[Case]:
@@ -122,6 +134,10 @@ def _nanotron_cases() -> Iterator[Case]:
             yield Case("nanotron", model, label, interleaved)
             yield Case("nanotron", model, label, {"tp": tp, "pp": pp, "vocab_multiple": 64})
             yield Case("nanotron", model, label, {"tp": tp, "pp": pp, "vocab_multiple": 1})
+    for name, tp, pp in (("a", 3, 2), ("a", 1, 1), ("b", 3, 1), ("c", 2, 1)):
+        for interleaved in (False, True):
+            model, chosen = config_of(name, **QWEN2), {"rope_interleaved": interleaved}
+            yield Case("nanotron", model, f"{name}-qwen2", {"tp": tp, "pp": pp, **chosen})
 
 
 def held(key: str, shape: tuple[int, ...], cut: Cut | Boxes, file: str = "f{}") -> Chunks:
@@ -145,6 +161,7 @@ def _fsdp_cases() -> Iterator[Case]:
             for dp in (1, 3, 5, 64):
                 yield Case("fsdp", model, label, {"dp": dp})
             yield Case("fsdp", model, label, {"dp": 2, "wrapper": "none"})
+            yield Case("fsdp", model, label, {"dp": 5, "vocab_multiple": 512})
             shapes = {p.name: p.shape for p in families.parameters(model)}
             boxes = {
                 name: held(
@@ -162,6 +179,7 @@ def _titan_cases() -> Iterator[Case]:
             for dp, tp in ((1, 1), (2, 1), (5, 1), (2, 3), (64, 2)):
                 yield Case("titan", model, label, {"dp": dp, "tp": tp})
             yield Case("titan", model, label, {"dp": 3, "rope": "half", "keys": "older"})
+            yield Case("titan", model, label, {"dp": 3, "tp": 2, "vocab_multiple": 512})
             for shards in (1, 2, 7):
                 yield Case(
                     "titan", model, f"{label}-fused{shards}", {"chunks": fused(model, shards)}
@@ -205,6 +223,24 @@ def _statedict_cases() -> Iterator[Case]:
             for number, p in enumerate(families.parameters(model))
         }
         yield Case("statedict", model, f"a{'-tied' if tied else ''}", {"chunks": chunks})
+
+
+def _gguf_cases() -> Iterator[Case]:
+    for name, more in (("a", {}), ("b", {}), ("a", QWEN2), ("b", QWEN2)):
+        for tied in (False, True):
+            model = config_of(name, tied=tied, **more)
+            label = f"{name}{'-qwen2' if more else ''}{'-tied' if tied else ''}"
+            yield Case("gguf", model, label, {})
+            yield Case("gguf", model, label, {"vocab_multiple": 64})
+    blocks = {"hidden_size": 96, "head_dim": 16, "intermediate_size": 160, "vocab_size": 128}
+    for tied in (False, True):
+        model, label = config_of("c", tied=tied, **blocks), f"c{'-tied' if tied else ''}"
+        for encoding in ENCODINGS:
+            yield Case("gguf", model, label, {"encoding": encoding})
+        yield Case("gguf", model, label, {"encoding": "q4_1", "vocab_multiple": 50})
+    biased = config_of("c", attention_bias=True, **blocks)
+    scaled = replace(biased, rope_scaling=models.LLAMA3_SCALING)
+    yield Case("gguf", scaled, "c-scaled", {"encoding": "q8_0"})
 
 
 # Layouts that no format has: random placements of random parameters.
@@ -299,7 +335,7 @@ def placements(
 
     What else there is in the stored tensor belongs to no one.
     """
-    kind = draw(st.sampled_from(("plain", "plain", "groups", "stack", "padded")))
+    kind = draw(st.sampled_from(("plain", "longer", "groups", "stack", "padded")))
     interleaved = whole_heads if draw(st.booleans()) else 0
     unit = whole_heads or 1
     if kind == "stack":
@@ -315,14 +351,21 @@ def placements(
         space = (shape[0] // rows * groups.stride, *shape[1:])
         cut = draw(cuts(space, unit, copies))
         return Placement(shape, cut, interleaved=interleaved, groups=groups, whole=space)
-    cut = draw(cuts(shape, unit, copies))
+    space = draw(_longer(shape)) if kind == "longer" or draw(st.booleans()) else None
+    cut = draw(cuts(space or shape, unit, copies))
+    placement = Placement(shape, cut, interleaved=interleaved, whole=space)
     if kind == "padded" and isinstance(cut, Cut) and cut.dim == 0:
-        return _padded(
-            draw, Placement(shape, cut, interleaved=interleaved), draw(st.integers(0, 3))
-        )
-    if shape == (1,) and isinstance(cut, Cut) and cut.step == 1 and draw(st.booleans()):
+        return _padded(draw, placement, draw(st.integers(0, 3)))
+    plain = space is None and isinstance(cut, Cut) and cut.step == 1
+    if shape == (1,) and plain and draw(st.booleans()):
         return Placement(shape, uncut(1, cut.copies), stored=())
-    return Placement(shape, cut, interleaved=interleaved)
+    return placement
+
+
+@st.composite
+def _longer(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a table with rows that belong to no parameter after those of one."""
+    return (shape[0] + draw(st.integers(1, 9)), *shape[1:])
 
 
 def _padded(draw: st.DrawFn, placement: Placement, before: int) -> Placement:
@@ -405,8 +448,10 @@ def _placed(draw: st.DrawFn, bundle: Bundle, copies: int, *, gaps: bool) -> list
         if gaps:
             one = draw(placements(shape, whole_heads=bundle.head, copies=copies))
         else:
-            cut = draw(cuts(shape, bundle.head or 1, copies))
-            one = Placement(shape, cut, interleaved=bundle.head if draw(st.booleans()) else 0)
+            space = draw(_longer(shape)) if draw(st.booleans()) else None
+            cut = draw(cuts(space or shape, bundle.head or 1, copies))
+            interleaved = bundle.head if draw(st.booleans()) else 0
+            one = Placement(shape, cut, interleaved=interleaved, whole=space)
             if isinstance(cut, Cut) and cut.dim == 0 and draw(st.booleans()):
                 one = _padded(draw, one, 0)
         found.append([one])

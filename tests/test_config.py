@@ -11,7 +11,8 @@ from reshard.config import load, parse_size
 from reshard.errors import ConfigError, ReshardError
 from reshard.formats.options import Mesh
 from reshard.geometry import whole
-from reshard.prepare import open_source, prepare
+from reshard.prepare import prepare
+from reshard.sources import open_source
 from reshard.topologies import model_names, read_model, topology_names
 
 
@@ -69,7 +70,8 @@ def test_a_source_may_leave_the_format_to_the_files():
 @pytest.mark.parametrize("given", ["fsdb", "fsdp|titans", "fsdp||titan", "fsdp|"])
 def test_a_choice_with_an_unknown_format_is_refused(tmp_path, given):
     side = source("dcp", f"src.format={given}", f"src.path={tmp_path}")
-    with pytest.raises(ConfigError, match=r"format `\w*` is not known; use one of fsdp, hf, meta"):
+    known = r"format `\w*` is not known; use one of fsdp, gguf, hf, meta"
+    with pytest.raises(ConfigError, match=known):
         open_source(side)
 
 

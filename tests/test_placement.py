@@ -52,6 +52,9 @@ def stored_space(placement: Placement, parameter: Tensor) -> Tensor:
         inside = slice(groups.first, groups.first + groups.rows)
         space[:, inside] = rows.reshape(count, groups.rows, *rows.shape[1:])
         rows = space.reshape(count * groups.stride, *rows.shape[1:])
+    if placement.whole is not None and placement.lead is None:
+        padding = placement.whole[0] - len(rows)
+        rows = torch.cat([rows, torch.full((padding, *rows.shape[1:]), -1)])
     if placement.lead is not None:
         assert placement.whole is not None
         others = [torch.full_like(rows, -1)] * placement.whole[0]

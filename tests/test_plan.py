@@ -167,8 +167,10 @@ CUT = [case for case in cases() if case.format in ("nanotron", "fsdp", "titan")]
 
 @pytest.mark.parametrize("case", CUT, ids=str)
 def test_blocks_of_real_layouts_have_one_home(case):
-    """Beside Meta's files, which hold whole heads."""
-    other = layout_of(case.model, "meta", tp=1)
+    """Beside files that hold whole heads, their rows interleaved: Meta's, or else Nanotron's."""
+    llama = case.model.model_type == "llama"
+    interleaved = {} if llama else {"rope_interleaved": True}
+    other = layout_of(case.model, "meta" if llama else "nanotron", tp=1, **interleaved)
     assert check_homes(Plan(case.layout(), other, 1))
     assert check_homes(Plan(other, case.layout(), 1))
 

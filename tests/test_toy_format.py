@@ -159,4 +159,4 @@ def test_it_is_detected_and_looked_into(tmp_path: Path) -> None:
 def test_without_its_package_it_is_not_known(tmp_path: Path) -> None:
     source = write("hf", tmp_path / "src")
     words = move("hf", source, str(topology(tmp_path)), tmp_path / "dst")
-    refused(tmp_path, r"format `toy` is not known; use one of fsdp, hf, meta", *words)
+    refused(tmp_path, r"format `toy` is not known; use one of fsdp, gguf, hf, meta", *words)

@@ -21,6 +21,7 @@ from types import ModuleType
 
 import torch
 
+from reshard.encodings import Encoding
 from reshard.errors import CheckpointError
 
 Version = tuple[int, int, int]
@@ -28,23 +29,28 @@ Version = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one stored tensor lies in its file: `offset` in bytes, `strides` in elements."""
+    """Where one stored tensor lies in its file: `offset` in bytes, `strides` in elements.
+
+    `dtype` is that of the values, which are float32 where an `encoding` says how they are stored.
+    """
 
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    encoding: Encoding | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FileIndex:
-    """The stored tensors of one file by key, and the text metadata of its header.
+    """The stored tensors of one file by key, and the metadata of its header.
 
-    `others` are what else lies beside the tensors: at most 100 keys, sorted, as `shown`.
+    Metadata is text in all containers but GGUF. `others` are what else lies beside the tensors: at
+    most 100 keys, sorted, as `shown`.
     """
 
     entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, object]
     others: tuple[str, ...] = ()
 
 
@@ -55,6 +61,28 @@ class TensorSpec:
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    encoding: Encoding | None = None
+
+
+class Blob:
+    """Bytes of a file that are prepared in another file, and read when they are needed.
+
+    The other file need not be there on a rank that only has to know their number.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path, self._size = path, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __bytes__(self) -> bytes:
+        data = self._path.read_bytes()
+        if len(data) != self._size:
+            raise CheckpointError(
+                f"`{self._path}`: {len(data)} bytes, expected {self._size}: changed meanwhile"
+            )
+        return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +96,7 @@ class Skeleton:
     """
 
     size: int
-    chunks: tuple[tuple[int, bytes], ...]
+    chunks: tuple[tuple[int, bytes | Blob], ...]
     offsets: Mapping[str, int]
     checksums: Mapping[str, tuple[int, ...]]
     items: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -119,7 +147,7 @@ def version(path: Path) -> Version | None:
 
 
 def skeleton(
-    container: str, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]
+    container: str, tensors: Sequence[TensorSpec], metadata: Mapping[str, object]
 ) -> Skeleton:
     """Every byte of a new file of `container` that is not tensor data."""
     laid_out: Skeleton = _modules()[container].skeleton(tensors, metadata)

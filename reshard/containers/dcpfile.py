@@ -117,8 +117,9 @@ def _append(
     runs: list[tuple[int, bytearray]], position: int, gap: bytes, item: Skeleton, key: str
 ) -> None:
     """Add the bytes before and behind an item's elements; the first go on where a run ends."""
-    before = gap, *(chunk for offset, chunk in item.chunks if offset < item.offsets[key])
-    behind = [(offset, chunk) for offset, chunk in item.chunks if offset >= item.offsets[key]]
+    chunks = [(offset, bytes(chunk)) for offset, chunk in item.chunks]
+    before = gap, *(chunk for offset, chunk in chunks if offset < item.offsets[key])
+    behind = [(offset, chunk) for offset, chunk in chunks if offset >= item.offsets[key]]
     if not runs:
         runs.append((position, bytearray()))
     runs[-1][1].extend(b"".join(before))

@@ -1,8 +1,10 @@
 """Model families: which logical parameters a model has, from the sizes in its config.
 
 A family is a module with `MODEL_TYPES`, the `model_type` values that it answers to, `ARCHITECTURE`,
-the class that config.json names, and `parameters(model) -> list[Parameter]`. Modules of this
-package are found by name; adding one adds a family.
+the class that config.json names, and `parameters(model) -> list[Parameter]`. It may have `IMPLIED`,
+the keys that a Llama's config.json has and its own has not, and `DEFAULTS`, the values of keys that
+are missing where they are not a Llama's. Modules of this package are found by name; adding one adds
+a family.
 """
 
 import importlib
@@ -60,8 +62,28 @@ def read_config(record: Mapping[str, Json], name: str) -> Model:
     parts = (record, *(part for part in record.values() if isinstance(part, dict)))
     if any(part.get("quantization_config") is not None for part in parts):
         raise ConfigError(f"`{name}`: a quantised model, which is not supported; convert it back")
-    known = record.get("model_type") in _families()
-    return known_model.from_hf(record, name) if known else carried.from_hf(record, name)
+    return from_hf(record, name) if _is_known(record) else carried.from_hf(record, name)
+
+
+def _is_known(record: Mapping[str, Json]) -> bool:
+    """Whether a config.json is of a known family, and not of a classifier or a bare decoder."""
+    named = record.get("architectures")
+    classes = [str(name) for name in named] if isinstance(named, list) else []
+    generates = not classes or any(name.endswith("CausalLM") for name in classes)
+    return record.get("model_type") in _families() and generates
+
+
+def from_hf(record: Mapping[str, Json], name: str) -> ModelConfig:
+    """The model of a config.json of a known family (`name` is for messages)."""
+    family = _families().get(str(record.get("model_type")))
+    return known_model.from_hf(record, name, getattr(family, "DEFAULTS", {}))
+
+
+def to_hf(model: ModelConfig) -> dict[str, Json]:
+    """The config.json of a model of a known family, in the 4.x spelling."""
+    family = _family(model)
+    config = known_model.to_hf(model, getattr(family, "IMPLIED", ()))
+    return {**config, "architectures": [family.ARCHITECTURE]}
 
 
 def from_json(record: Mapping[str, Json]) -> Model:
@@ -69,6 +91,6 @@ def from_json(record: Mapping[str, Json]) -> Model:
     return carried.from_json(record) if "config" in record else known_model.from_json(record)
 
 
-def architecture(model: ModelConfig) -> str:
-    """The class of transformers that loads `model`."""
-    return _family(model).ARCHITECTURE
+def known() -> tuple[str, ...]:
+    """The model types of all known families."""
+    return tuple(sorted(_families()))

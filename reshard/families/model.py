@@ -1,7 +1,7 @@
 """The canonical model config: the sizes and facts of a model, whatever format it was read from."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 from reshard.errors import ConfigError
@@ -41,15 +41,18 @@ HF_NAMES = {
     "pad_token_id": "pad",
     "torch_dtype": "dtype",
 }
+EMPTY: Mapping[str, Json] = {}
 NULLABLE = {"bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling"}
 RENAMED = {"dtype", "rope_parameters", "architectures", "model_type", "transformers_version"}
+NOT_CARRIED = RENAMED | {"quantization_config"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes in elements; `rope_scaling` is as in config.json.
 
-    `extras` are keys of config.json that are carried as they are.
+    `extras` are keys of config.json that are carried as they are, and `generation` those that
+    generation_config.json has besides the token ids.
     """
 
     model_type: str
@@ -72,6 +75,7 @@ class ModelConfig:
     pad: int | None = None
     dtype: str = "bfloat16"
     extras: Mapping[str, Json] = field(default_factory=dict)
+    generation: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         limits = dict.fromkeys(SIZES, MAX_SIZE) | {"layers": MAX_LAYERS}
@@ -120,10 +124,21 @@ def from_json(record: Mapping[str, Json]) -> ModelConfig:
         raise ConfigError(f"model config: {error}") from None
 
 
-def from_hf(config: Mapping[str, Json], name: str) -> ModelConfig:
-    """Read a Hugging Face config.json (`name` is for messages) in the 4.x or the 5.x spelling."""
-    flat = {key: value for key, value in config.items() if value is not None or key in NULLABLE}
-    if "quantization_config" in flat:
+def from_hf(
+    config: Mapping[str, Json], name: str, defaults: Mapping[str, Json] = EMPTY
+) -> ModelConfig:
+    """Read a Hugging Face config.json (`name` is for messages) in the 4.x or the 5.x spelling.
+
+    `defaults` are the family's, where they are not a Llama's. A null is carried where it is no
+    field of ours: it may turn a default off, as it does for the window of Mistral.
+    """
+    given = {**defaults, **config}
+    flat = {
+        key: value
+        for key, value in given.items()
+        if value is not None or key in NULLABLE or key not in HF_NAMES
+    }
+    if flat.get("quantization_config") is not None:
         raise ConfigError(f"`{name}`: a quantised model, which is not supported; convert it back")
     rope = flat.get("rope_parameters")
     if isinstance(rope, dict):
@@ -152,15 +167,26 @@ def from_hf(config: Mapping[str, Json], name: str) -> ModelConfig:
         flat["tie_word_embeddings"] = False
     values = {ours: flat[theirs] for theirs, ours in HF_NAMES.items() if theirs in flat}
     extras = {
-        key: value for key, value in flat.items() if key not in HF_NAMES and key not in RENAMED
+        key: value for key, value in flat.items() if key not in HF_NAMES and key not in NOT_CARRIED
     }
     return from_json({**values, "model_type": flat["model_type"], "extras": extras})
 
 
-def to_hf(model: ModelConfig) -> dict[str, Json]:
-    """The config.json of `model` in the 4.x spelling, which every known reader accepts."""
+def to_hf(model: ModelConfig, implied: Collection[str] = ()) -> dict[str, Json]:
+    """The config.json of `model` in the 4.x spelling, which every known reader accepts.
+
+    `implied` are keys that the family's config.json does not have: they are left out unless they
+    say something else than what is implied.
+    """
     record = model.to_json()
     named = {theirs: record[ours] for theirs, ours in HF_NAMES.items()}
-    if model.pad is None:
-        del named["pad_token_id"]
+    usual = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": model.hidden // model.heads,
+        "pad_token_id": None,
+    }
+    for key in ("pad_token_id", *implied):
+        if named[key] == usual[key]:
+            del named[key]
     return {"hidden_act": "silu", **model.extras, **named, "model_type": model.model_type}

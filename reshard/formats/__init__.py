@@ -10,15 +10,20 @@ scan(path, options) -> Scan               the model and the layout of a director
 
 and what it may have, with the defaults of `_Defaults`:
 
+FAMILIES                                  the model types that it holds; all known ones by default
 ANY_FAMILY                                whether it holds models of families that are not known
+SOURCE_ONLY                               whether it is read and never written
 FALLBACK                                  whether its files count only where no other format is
+EMBEDS_TOKENIZER                          whether its header holds the tokenizer
 ASSETS, NEEDED                            small files kept at its root; those it needs to be of use
 SOURCE_KEYS, TARGET_KEYS                  the keys of src and dst that only some formats know
 FOLDER                                    the directory below dst.path that is published, if any
 purpose(options) -> str                   what a target is for, where that needs saying
 model_of(record, path)                    the model that a JSON file of the format describes
 notes(model, options) -> tuple[str, ...]  what the plan says of a target
+vocab_unit(options) -> int                what `dst.vocab_multiple` makes rows a multiple of
 declared(options) -> dict[str, str]       what a target's files do not say, for the manifest
+require_encoding(encoding, folder)        refuse a dst.dtype that is no plain one
 check_place(folder)                       refuse a dst.path in which a target would be of no use
 side_files(model, layout, options)        the small files that make a target complete
 closing_files(layout, options, skeleton)  files that list the others, in pieces, written last
@@ -27,15 +32,18 @@ closing_files(layout, options, skeleton)  files that list the others, in pieces,
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
+from reshard import families, vocabulary
 from reshard.containers import Skeleton
-from reshard.errors import CheckpointError, ConfigError
+from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.families import Model
+from reshard.families.carried import CarriedConfig
 from reshard.families.model import Json
 from reshard.formats import common, foreign
 from reshard.formats.options import Options, Scan
@@ -46,8 +54,11 @@ class Format(Protocol):
     """What a format's module has."""
 
     NAME: str
+    FAMILIES: tuple[str, ...]
     ANY_FAMILY: bool
+    SOURCE_ONLY: bool
     FALLBACK: bool
+    EMBEDS_TOKENIZER: bool
     ASSETS: tuple[str, ...]
     NEEDED: Mapping[str, Sequence[str]]
     FOLDER: str
@@ -72,11 +83,17 @@ class Format(Protocol):
     def notes(self, model: Model, options: Options) -> tuple[str, ...]:
         """What the plan says of a target."""
 
+    def vocab_unit(self, options: Options) -> int:
+        """What a padded vocabulary is a multiple of."""
+
     def side_files(self, model: Model, layout: Layout, options: Options) -> dict[str, bytes]:
         """The small files that make a target complete."""
 
     def declared(self, options: Options) -> dict[str, str]:
         """What a target's files do not say, for the manifest."""
+
+    def require_encoding(self, encoding: str, folder: Path | None) -> None:
+        """Refuse a dst.dtype that is no plain one and not to be had in `folder`, the dst.path."""
 
     def check_place(self, folder: Path) -> None:
         """Refuse a dst.path in which a target would be of no use."""
@@ -90,7 +107,9 @@ class Format(Protocol):
 class _Defaults:
     """A format's module, completed."""
 
-    ANY_FAMILY = FALLBACK = False
+    NAME: str
+    FAMILIES = families.known()
+    ANY_FAMILY = SOURCE_ONLY = FALLBACK = EMBEDS_TOKENIZER = False
     ASSETS = SOURCE_KEYS = TARGET_KEYS = ()
     NEEDED: Mapping[str, Sequence[str]] = {"tokenizer": common.TOKENIZERS}
     FOLDER = ""
@@ -112,8 +131,18 @@ class _Defaults:
         return ()
 
     @staticmethod
+    def vocab_unit(options: Options) -> int:
+        return options.vocab_multiple or 1
+
+    @staticmethod
     def declared(options: Options) -> dict[str, str]:
         return {}
+
+    def require_encoding(self, encoding: str, folder: Path | None) -> None:
+        raise ConfigError(
+            f"dst.dtype={encoding}: {self.NAME} holds plain values only; use keep, bfloat16, "
+            "float16 or float32, or --dst gguf"
+        )
 
     @staticmethod
     def check_place(folder: Path) -> None:
@@ -149,6 +178,76 @@ def named(name: str) -> Format:
             f"format `{name}` is not known; use one of {', '.join(sorted(formats()))}"
         )
     return formats()[name]
+
+
+def holds(known: Format, model: Model) -> bool:
+    """Whether a format has a place for all that a model of this family has."""
+    if isinstance(model, CarriedConfig):
+        return known.ANY_FAMILY
+    return model.model_type in known.FAMILIES
+
+
+def require_held(known: Format, model: Model) -> None:
+    """Refuse a model of a family that a format has no place for."""
+    if holds(known, model):
+        return
+    others = [
+        other.NAME for other in formats().values() if holds(other, model) and not other.SOURCE_ONLY
+    ]
+    if isinstance(model, CarriedConfig):
+        named = model.config.get("architectures")
+        unknown = (
+            f"architecture {', '.join(map(str, named))}"
+            if model.model_type in families.known() and isinstance(named, list)
+            else f"model type {model.model_type}"
+        )
+        raise LayoutError(
+            f"{known.NAME}: needs to know what each tensor of a model is, and the {unknown} is not "
+            "known; use --dst hf or fsdpN, which move by name"
+        )
+    raise LayoutError(
+        f"{known.NAME}: holds {' and '.join(known.FAMILIES)}, but this is {model.model_type}; "
+        f"formats that hold it: {', '.join(sorted(others))}"
+    )
+
+
+def padded(
+    known: Format, parameters: Sequence[Parameter], model: Model, options: Options
+) -> tuple[Model, tuple[Parameter, ...]]:
+    """A model as a target stores it, with the padding that `dst.vocab_multiple` asks for."""
+    if options.vocab_multiple is None:
+        return model, tuple(parameters)
+    unit = known.vocab_unit(options)
+    rows = vocabulary.rows_of(model, parameters, "dst.vocab_multiple")
+    return vocabulary.resized(model, parameters, -(-rows // unit) * unit)
+
+
+def laid_out(
+    known: Format, parameters: Sequence[Parameter], model: Model, options: Options
+) -> Layout:
+    """Where every parameter lies in a target, whose padding belongs to none."""
+    stored, tables = padded(known, parameters, model, options)
+    return vocabulary.trimmed(known.layout(tables, stored, options), parameters)
+
+
+def without_padding(scan: Scan, rows: int) -> Scan:
+    """A source whose vocabulary is the first `rows` of what its files hold; the rest is dropped."""
+    vocabulary.rows_of(scan.model, scan.parameters, "src.vocab")
+    stored = vocabulary.stored_rows(scan.layout, scan.parameters)
+    if rows > stored:
+        raise CheckpointError(
+            f"src.vocab: a vocabulary of {rows}, but the files hold {stored} rows; "
+            "is it the tokenizer of this model?"
+        )
+    said = (f"{stored - rows} rows beyond the vocabulary of {rows} dropped (src.vocab)",)
+    model, parameters = vocabulary.resized(scan.model, scan.parameters, rows)
+    return replace(
+        scan,
+        model=model,
+        parameters=parameters,
+        layout=vocabulary.trimmed(scan.layout, parameters),
+        assumed=(*scan.assumed, *(said if rows < stored else ())),
+    )
 
 
 def read_model(path: Path) -> Model:

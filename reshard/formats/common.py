@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from reshard import containers, families
+from reshard.encodings import Encoding
 from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.families import Model, carried
 from reshard.families.carried import CarriedConfig
-from reshard.families.model import Json, ModelConfig, to_hf
+from reshard.families.model import Json, ModelConfig
 from reshard.formats.options import Options, Scan
 from reshard.layout import Parameter
 
@@ -35,7 +36,8 @@ TRANSFORMERS_ASSETS = (
     "processor_config.json",
     "generation_config.json",
 )
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
+TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL, "vocab.json")
 PROBLEMS_SHOWN = 3
 
 
@@ -72,8 +74,9 @@ def config_files(model: Model) -> dict[str, bytes]:
     """config.json, and generation_config.json for a family that is known."""
     if isinstance(model, CarriedConfig):
         return {CONFIG: dump_json(carried.to_hf(model))}
-    config = {**to_hf(model), "architectures": [families.architecture(model)]}
-    generation = {"_from_model_config": True, "bos_token_id": model.bos, "eos_token_id": model.eos}
+    config = families.to_hf(model)
+    ids = {"bos_token_id": model.bos, "eos_token_id": model.eos}
+    generation = {**(model.generation or {"_from_model_config": True}), **ids}
     return {CONFIG: dump_json(config), "generation_config.json": dump_json(generation)}
 
 
@@ -160,20 +163,27 @@ def config_beside(folders: Sequence[Path], options: Options) -> tuple[Model | No
 
 
 def config_for(
-    root: Path, options: Options, found: Sequence[int]
+    root: Path, options: Options, found: Sequence[int], model_types: Sequence[str] = ("llama",)
 ) -> tuple[ModelConfig | None, list[str]]:
     """The config for what files do not say: as asked for, else our manifest; and a note on it.
 
-    `found` are hidden size, layers and heads as the files have them. A config that was asked for
-    and is of another size is refused, a manifest of another size is left aside.
+    `found` are hidden size, layers and heads as the files have them, `model_types` those that the
+    files may be of. A config that was asked for and is of another size or family is refused, a
+    manifest of another is left aside.
     """
     asked, name = asked_config(options)
     known = asked or manifest_model(root)
     if known is None:
         return None, []
     sizes = (known.hidden, known.layers, known.heads) if isinstance(known, ModelConfig) else ()
-    if isinstance(known, ModelConfig) and sizes == tuple(found):
+    of_family = known.model_type in model_types
+    if isinstance(known, ModelConfig) and of_family and sizes == tuple(found):
         return known, [f"what the files do not say is from {name or MANIFEST}"]
+    if isinstance(asked, ModelConfig) and not of_family:
+        raise CheckpointError(
+            f"`{root}`: {name} is of a {asked.model_type} model, but the files are of "
+            f"{' or '.join(model_types)}"
+        )
     if asked is not None:
         has = (
             f"width {sizes[0]}, {sizes[1]} layers and {sizes[2]} heads"
@@ -269,16 +279,24 @@ def _problems(scan: Scan, file: str) -> list[str]:
         weight = entry.dtype.is_floating_point and entry.dtype.itemsize > 1
         if isinstance(scan.model, ModelConfig) and not weight:
             found.append(
-                f"`{file}`: tensor `{key}` is {_text(entry.dtype)}: quantised, not weights"
+                f"`{file}`: tensor `{key}` is {stored_text(entry.dtype, None)}: "
+                "quantised, not weights"
             )
-        if (entry.dtype, entry.shape) != (expected[key].dtype, expected[key].shape):
+        wanted = expected[key]
+        if (entry.dtype, entry.shape, entry.encoding) != (
+            wanted.dtype,
+            wanted.shape,
+            wanted.encoding,
+        ):
             found.append(
-                f"`{file}`: tensor `{key}` is {_text(entry.dtype)} {list(entry.shape)}, expected "
-                f"{_text(expected[key].dtype)} {list(expected[key].shape)}"
+                f"`{file}`: tensor `{key}` is {stored_text(entry.dtype, entry.encoding)} "
+                f"{list(entry.shape)}, expected {stored_text(wanted.dtype, wanted.encoding)} "
+                f"{list(wanted.shape)}"
             )
     wrong = scan.wrong_metadata(file, header.metadata)
     return [*found, wrong] if wrong else found
 
 
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def stored_text(dtype: torch.dtype, encoding: Encoding | None) -> str:
+    """How elements are stored, in a word."""
+    return str(dtype).removeprefix("torch.") if encoding is None else encoding.name

@@ -17,19 +17,20 @@ from reshard import containers
 from reshard.errors import CheckpointError, LayoutError
 from reshard.families import parameters as parameters_of
 from reshard.families.model import Json, ModelConfig
-from reshard.formats import common, meta_params
+from reshard.formats import common, meta_files, meta_params
+from reshard.formats.meta_files import FILE
 from reshard.formats.options import Mesh, Options, Scan
 from reshard.formats.sampling import equal_head_groups, rows_agree
 from reshard.layout import Constant, Content, Layout, Parameter, Slot
 from reshard.placement import Cut, Placement, uncut
 
 NAME = "meta"
+FAMILIES = ("llama",)
 ASSETS = ("tokenizer.model",)
 NEEDED = {"params.json": ("params.json",), "tokenizer": ASSETS}
-SOURCE_KEYS = ("tied", "rope_factor")
+SOURCE_KEYS = ("tied", "rope_factor", "version", "instruct")
 TARGET_KEYS = ("embedding_dim",)
 CONTAINER = "torchfile"
-FILE = "consolidated.{shard:02d}.pth"
 KEYS = {
     "embedding": "tok_embeddings.weight",
     "attention.q": "layers.{layer}.attention.wq.weight",
@@ -144,7 +145,7 @@ def _rope_frequencies(model: ModelConfig, dtype: torch.dtype, mp: int) -> tuple[
 
 def detect(path: Path) -> bool:
     """Whether `path` is a directory of this format."""
-    return any(path.glob("consolidated*.pth"))
+    return meta_files.is_here(path)
 
 
 def ignored(key: str) -> bool:
@@ -160,19 +161,25 @@ def model_of(record: Mapping[str, Json], path: Path) -> ModelConfig | None:
 
 def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a directory from its params.json and the header of its first file."""
-    mp = _count_files(path, options)
     params = meta_params.read(path / meta_params.PARAMS)
-    entries = containers.index(CONTAINER, path, FILE.format(shard=0)).entries
-    sizes = _sizes(path, entries, params, mp)
+    meta_files.refuse_release(path, params)
+    files = meta_files.numbered(path, options.mesh.tp if options.mesh else None)
+    mp = len(files)
+    entries = containers.index(CONTAINER, path, files[0]).entries
+    meta_files.refuse_tensors(path / files[0], entries)
+    sizes = _sizes(path, files[0], params, mp)
     meta_params.check(path / meta_params.PARAMS, params, sizes)
+    said = meta_params.said(path / meta_params.PARAMS, options)
     known, noted = common.config_for(path, options, (sizes.hidden, sizes.layers, sizes.heads))
+    if known is not None and said.anything:
+        known, noted = None, ["what src says of the release goes before a config that is known"]
     model, assumed = meta_params.to_model(
-        path / meta_params.PARAMS, params, sizes, known=known, rope_factor=options.rope_factor
+        path / meta_params.PARAMS, params, sizes, known=known, said=said
     )
     assumed = [*noted, *assumed]
     for decide in (_drop_copied_heads, _tie):
-        model, said = decide(path, model, mp, options, known)
-        assumed += said
+        model, lines = decide([path / file for file in files], model, options, known)
+        assumed += lines
     expected = parameters_of(model)
     dtypes = {
         parameter.name: entries[key].dtype
@@ -185,15 +192,31 @@ def scan(path: Path, options: Options) -> Scan:
     options = replace(
         options, mesh=Mesh(tp=mp), embedding_dim=1 if mp > 1 and cut_on_columns else 0
     )
-    found = replace(layout(stored, model, options), constants=())
-    return Scan(NAME, model, stored, found, path, options, tuple(assumed), ignored=ignored)
+    return Scan(
+        NAME,
+        model,
+        stored,
+        _laid_out(layout(stored, model, options), files),
+        path,
+        options,
+        tuple(assumed),
+        folders=meta_files.folders(path),
+        ignored=ignored,
+    )
 
 
-def _sizes(
-    path: Path, entries: Mapping[str, containers.Entry], params: Mapping[str, Json], mp: int
-) -> meta_params.Sizes:
+def _laid_out(made: Layout, files: Sequence[str]) -> Layout:
+    """A layout in the files that there are, which may stand in folders of their own."""
+    if all(file == FILE.format(shard=shard) for shard, file in enumerate(files)):
+        return replace(made, constants=())
+    spread = tuple((file, shard) for shard, file in enumerate(files))
+    slots = tuple(replace(slot, spread=spread) for slot in made.slots)
+    return replace(made, slots=slots, constants=())
+
+
+def _sizes(path: Path, file: str, params: Mapping[str, Json], mp: int) -> meta_params.Sizes:
     """All sizes, by the shapes in the first of `mp` files; only the head count is params.json's."""
-    first = path / FILE.format(shard=0)
+    first, entries = path / file, containers.index(CONTAINER, path, file).entries
 
     def shape(role: str) -> tuple[int, ...]:
         key = KEYS[role].format(layer=0)
@@ -224,42 +247,16 @@ def _sizes(
     )
 
 
-def _count_files(path: Path, options: Options) -> int:
-    """How many files there are, which must be numbered from 0 without a gap."""
-    names = {found.name for found in path.glob("consolidated.*.pth")}
-    pattern = re.compile(r"consolidated\.(\d{2,4})\.pth")
-    numbers = sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
-    if not numbers:
-        raise CheckpointError(f"`{path}`: no consolidated.NN.pth in this directory")
-    expected = max(numbers[-1] + 1, options.mesh.tp if options.mesh else 0)
-    missing = [
-        FILE.format(shard=shard)
-        for shard in range(expected)
-        if FILE.format(shard=shard) not in names
-    ]
-    if missing:
-        raise CheckpointError(
-            f"`{path / missing[0]}` is missing: found {len(numbers)} of {expected} consolidated "
-            "files; complete the download, or name the topology that this directory really has"
-        )
-    if options.mesh and options.mesh.tp != expected:
-        raise CheckpointError(
-            f"`{path}`: holds {expected} consolidated files, but the source is "
-            f"meta{options.mesh.tp}"
-        )
-    return expected
-
-
 def _drop_copied_heads(
-    path: Path, model: ModelConfig, mp: int, options: Options, known: ModelConfig | None
+    files: Sequence[Path], model: ModelConfig, options: Options, known: ModelConfig | None
 ) -> tuple[ModelConfig, list[str]]:
     """Find how often each key-value head is stored: more than once only where each file has one."""
+    mp = len(files)
     if mp == 1 or model.kv_heads != mp:
         return model, []
     if known is not None and model.kv_heads % known.kv_heads == 0:
         heads = known.kv_heads
     else:
-        files = [path / FILE.format(shard=shard) for shard in range(mp)]
         keys = [KEYS[role].format(layer=0) for role in ("attention.k", "attention.v")]
         heads = mp // equal_head_groups(files, keys)
     if heads == mp:
@@ -272,15 +269,15 @@ def _drop_copied_heads(
 
 
 def _tie(
-    path: Path, model: ModelConfig, mp: int, options: Options, known: ModelConfig | None
+    files: Sequence[Path], model: ModelConfig, options: Options, known: ModelConfig | None
 ) -> tuple[ModelConfig, list[str]]:
     """Decide whether the embedding and the output are one parameter; the moving run proves it."""
     if options.tied is not None:
         return replace(model, tied=options.tied), [f"tied={options.tied} as asked for"]
     if known is not None:
         return replace(model, tied=known.tied), []
-    first = path / FILE.format(shard=0)
-    entries = containers.index(CONTAINER, path, first.name).entries
+    first = files[0]
+    entries = containers.index(CONTAINER, first.parent, first.name).entries
     embedding, output = entries.get(KEYS["embedding"]), entries.get(KEYS["output"])
     same = (
         embedding is not None

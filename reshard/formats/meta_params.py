@@ -1,8 +1,7 @@
 """params.json of every generation, both ways; sizes come from tensors, it is a check on them.
 
 What no generation writes down (positions, token ids, the factor of scaled RoPE, whether the output
-is tied) comes from a config that is known from elsewhere, else from the release that the numbers
-look like.
+is tied) comes from a config that is known from elsewhere, else from the release that it looks like.
 """
 
 from collections.abc import Mapping
@@ -10,21 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from reshard.errors import CheckpointError, LayoutError
+from reshard.families import releases
 from reshard.families.model import Json, ModelConfig
+from reshard.families.releases import ROPE_SCALING, Said
 from reshard.formats import common
+from reshard.formats.options import Options
 
 PARAMS = "params.json"
-# llama-models applies this scaling wherever use_scaled_rope is set; the factor differs by release.
-ROPE_SCALING: Mapping[str, Json] = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-# (dim, n_layers) of Llama 3.2 1B and 3B, whose rope factor is 32.
-LLAMA_3_2 = {(2048, 16), (3072, 28)}
-LLAMA_3_VOCABULARY = 128256
+# `multiple_of` and `ffn_dim_multiplier` of the releases: Llama 1, 2 and 3.2 3B; 3.2 1B; 70B; 8B;
+# 405B. Where several give a width, the first does.
+RELEASED_RULES = ((256, None), (256, 1.5), (4096, 1.3), (1024, 1.3), (4096, 1.2))
 USUAL_MULTIPLES = (256, 1024, 4096, 512, 2048)
 
 
@@ -63,7 +57,16 @@ def imagine(path: Path) -> ModelConfig:
         intermediate=size("multiple_of") * -(-width // size("multiple_of")),
         vocab=size("vocab_size"),
     )
-    return to_model(path, params, sizes, known=None, rope_factor=None)[0]
+    return to_model(path, params, sizes, known=None, said=Said(names=_names(path)))[0]
+
+
+def said(path: Path, options: Options) -> Said:
+    """What is said of the release: by the user, and by the names of directories."""
+    return Said(options.version, options.instruct, options.rope_factor, _names(path))
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    return releases.names_of(path.parent)
 
 
 def read(path: Path) -> dict[str, Json]:
@@ -103,7 +106,7 @@ def to_model(
     sizes: Sizes,
     *,
     known: ModelConfig | None,
-    rope_factor: float | None,
+    said: Said,
 ) -> tuple[ModelConfig, list[str]]:
     """The model config, and lines on what was assumed."""
     theta = _number(path, params, "rope_theta", 10000.0)
@@ -116,26 +119,9 @@ def to_model(
                 f"rope_scaling {known.rope_scaling}"
             )
         return replace(known, **asdict(sizes), norm_eps=eps, rope_theta=theta), []
-    factor = rope_factor or (32.0 if (sizes.hidden, sizes.layers) in LLAMA_3_2 else 8.0)
-    llama_3 = sizes.vocab >= LLAMA_3_VOCABULARY
-    model = ModelConfig(
-        model_type="llama",
-        **asdict(sizes),
-        norm_eps=eps,
-        rope_theta=theta,
-        rope_scaling={**ROPE_SCALING, "factor": factor} if scaled else None,
-        max_positions=_positions(theta, eps, scaled=scaled),
-        bos=128000 if llama_3 else 1,
-        eos=128001 if llama_3 else 2,
-    )
-    assumed = [
-        f"max_position_embeddings {model.max_positions}, bos {model.bos} and eos {model.eos}, "
-        f"as releases with rope_theta {theta:g} have"
-    ]
-    if scaled:
-        why = "as asked for" if rope_factor else f"{sizes.layers} layers of width {sizes.hidden}"
-        assumed.append(f"rope factor {factor:g} ({why}; src.rope_factor=8|32 says otherwise)")
-    return model, assumed
+    model = ModelConfig("llama", **asdict(sizes), norm_eps=eps, rope_theta=theta)
+    found = releases.find(model, said, scaled=scaled)
+    return found.complete(model), list(found.reasons)
 
 
 def is_llama3(model: ModelConfig) -> bool:
@@ -156,14 +142,6 @@ def require_said(model: ModelConfig, name: str) -> None:
         )
     if (activation := model.extras.get("hidden_act", "silu")) != "silu":
         raise LayoutError(f"{name}: hidden_act is {activation}, Meta's code has silu only")
-
-
-def _positions(theta: float, eps: float, *, scaled: bool) -> int:
-    """The release's context: 3.1 and later, 3, Code Llama, 2, or 1 (told from 2 by its epsilon)."""
-    if scaled:
-        return 131072
-    by_theta = {500000.0: 8192, 1000000.0: 16384}
-    return by_theta.get(theta, 4096 if eps > 2e-6 else 2048)
 
 
 def _number(path: Path, params: Mapping[str, Json], key: str, default: float) -> float:
@@ -198,6 +176,9 @@ def write(model: ModelConfig, mp: int) -> dict[str, Json]:
 def _ffn_rule(model: ModelConfig) -> tuple[int, float | None]:
     """`multiple_of` and `ffn_dim_multiplier` that give this feed-forward width in Meta's code."""
     base, width = int(2 * (4 * model.hidden) / 3), model.intermediate
+    for step, multiplier in RELEASED_RULES:
+        if step * -(-int((multiplier or 1) * base) // step) == width:
+            return step, multiplier
     steps = [step for step in USUAL_MULTIPLES if width % step == 0]
     steps += [step for step in range(min(width, 4096), 0, -1) if width % step == 0]
     for step in steps:

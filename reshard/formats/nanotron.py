@@ -6,15 +6,18 @@ Every sharded file says in its header which slices of the whole tensor it holds,
 against the layout.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+from reshard import vocabulary
 from reshard.errors import CheckpointError, LayoutError
+from reshard.families import from_hf
 from reshard.families import parameters as parameters_of
-from reshard.families.model import Json, ModelConfig, from_hf
+from reshard.families.model import Json, ModelConfig
 from reshard.formats import common
 from reshard.formats.nanotron_files import (
     Sharded,
@@ -27,10 +30,10 @@ from reshard.formats.nanotron_files import (
 from reshard.formats.nanotron_tree import (
     FILE,
     KEY,
-    MODULES,
     SUFFIX,
     check_files,
     only_entry,
+    place_of,
     step,
     topology,
 )
@@ -39,11 +42,15 @@ from reshard.layout import Layout, Parameter, Slot
 from reshard.placement import Cut, Placement, uncut
 
 NAME = "nanotron"
+FAMILIES = ("llama", "qwen2")
 ASSETS: tuple[str, ...] = ()
 SOURCE_KEYS = ("tied", "rope_interleaved")
-TARGET_KEYS = ("rope_interleaved", "vocab_multiple")
-FUSED = (("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up"))
-VOCABULARY = ("embedding", "output")
+TARGET_KEYS = ("rope_interleaved",)
+FUSED = (
+    ("attention.q", "attention.k", "attention.v"),
+    ("attention.q.bias", "attention.k.bias", "attention.v.bias"),
+    ("mlp.gate", "mlp.up"),
+)
 LEFT_BEHIND = {
     "optimizer": "optimizer states and fp32 master weights",
     "lr_scheduler": "learning-rate scheduler",
@@ -54,23 +61,23 @@ LEFT_BEHIND = {
 
 def layout(parameters: Sequence[Parameter], model: ModelConfig, options: Options) -> Layout:
     """A file per parameter and tensor-parallel coordinate; data parallelism leaves no trace."""
-    mesh, rows = options.axes, _check(model, options)
-    stages = options.stages or assign_stages(model, rows, mesh.pp)
+    _check(model, options)
+    mesh = options.axes
+    stages = options.stages or assign_stages(model, mesh.pp)
     by_role = {(parameter.layer, parameter.role): parameter for parameter in parameters}
     slots, sharded = [], {}
     for parameter in parameters:
         fused = next((roles for roles in FUSED if parameter.role in roles), (parameter.role,))
         parts = [by_role[parameter.layer, role] for role in fused]
         _require_one_dtype(parts)
-        slot = _slot(parameter, parts, mesh, stages[_block(parameter)], rows)
+        slot = _slot(parameter, parts, mesh, stages[_block(parameter)])
         if options.rope_interleaved and parameter.rotary:
             slot = replace(slot, placement=replace(slot.placement, interleaved=parameter.head))
         slots.append(slot)
-        if parameter.dim is not None:
-            chunks = tuple(_padded(part, rows)[parameter.dim] for part in parts)
-            sharded[slot.file] = Sharded(
-                chunks, parameter.dim, _padded(parameter, rows)[1 - parameter.dim]
-            )
+        if (dim := parameter.dim) is not None:
+            chunks = tuple(part.shape[dim] for part in parts)
+            shape = (*parameter.shape[:dim], sum(chunks), *parameter.shape[dim + 1 :])
+            sharded[slot.file] = Sharded(chunks, dim, shape)
     name = (
         f"tp{mesh.tp}"
         + (f"pp{mesh.pp}" if mesh.pp > 1 else "")
@@ -91,42 +98,19 @@ def _require_one_dtype(parts: Sequence[Parameter]) -> None:
         )
 
 
-def _padded(parameter: Parameter, rows: int) -> tuple[int, ...]:
-    """The shape that Nanotron's module has: with the vocabulary padded."""
-    return (rows, *parameter.shape[1:]) if parameter.role in VOCABULARY else parameter.shape
-
-
-def _slot(
-    parameter: Parameter, parts: Sequence[Parameter], mesh: Mesh, stage: int, rows: int
-) -> Slot:
+def _slot(parameter: Parameter, parts: Sequence[Parameter], mesh: Mesh, stage: int) -> Slot:
     """Where one parameter lies; `parts` are those fused into its stored tensor, itself included."""
-    module = MODULES[parameter.role].format(layer=parameter.layer)
-    shape, coordinate = parameter.shape, stage * mesh.tp
-    if parameter.dim is None:
-        placement = Placement(shape, uncut(shape[0]))
-        return Slot(
-            parameter.name,
-            placement,
-            FILE.format(module=module, suffix=""),
-            KEY,
-            parameter.dtype,
-            coordinate,
-        )
-    full = _padded(parameter, rows)
-    cut = Cut(parameter.dim, shape[parameter.dim], full[parameter.dim] // mesh.tp, parts=mesh.tp)
-    local = [_padded(part, rows)[0] // mesh.tp for part in parts]
-    offset = sum(local[: parts.index(parameter)]) * shape[1]
-    stored = (sum(local), shape[1]) if parameter.dim == 0 else None
-    suffix = SUFFIX.format(stage=stage, pp=mesh.pp, tp=mesh.tp)
-    file = FILE.format(module=module, suffix=suffix)
-    return Slot(
-        parameter.name,
-        Placement(shape, cut, stored, offset),
-        file,
-        KEY,
-        parameter.dtype,
-        coordinate,
-    )
+    shape, dim, coordinate = parameter.shape, parameter.dim, stage * mesh.tp
+    if dim is None:
+        placement, suffix = Placement(shape, uncut(shape[0])), ""
+    else:
+        cut = Cut(dim, shape[dim], shape[dim] // mesh.tp, parts=mesh.tp)
+        local, row = [part.shape[0] // mesh.tp for part in parts], math.prod(shape[1:])
+        stored = (sum(local), *shape[1:]) if len(parts) > 1 else None
+        placement = Placement(shape, cut, stored, sum(local[: parts.index(parameter)]) * row)
+        suffix = SUFFIX.format(stage=stage, pp=mesh.pp, tp=mesh.tp)
+    file = FILE.format(**place_of(parameter.role, parameter.layer), suffix=suffix)
+    return Slot(parameter.name, placement, file, KEY, parameter.dtype, coordinate)
 
 
 def _block(parameter: Parameter) -> str:
@@ -134,15 +118,16 @@ def _block(parameter: Parameter) -> str:
     return parameter.role if parameter.layer is None else str(parameter.layer)
 
 
-def assign_stages(model: ModelConfig, rows: int, pp: int) -> dict[str, int]:
+def assign_stages(model: ModelConfig, pp: int) -> dict[str, int]:
     """The stage of each pipeline block, by Nanotron's walk (models/base.py, build_model).
 
     Blocks are placed in order; a block whose cumulative cost passes the stage's share still belongs
-    to that stage, and the next one goes on. Only layers and the output have a cost.
+    to that stage, and the next one goes on. Only layers and the output, padding included, have a
+    cost.
     """
     layer = 4 * model.hidden * model.hidden + 3 * model.intermediate * model.hidden
     costs = {"embedding": 0, **{str(number): layer for number in range(model.layers)}, "norm": 0}
-    costs["output"] = rows * model.hidden
+    costs["output"] = model.vocab * model.hidden
     done = list(accumulate(costs.values()))
     stages, stage = {}, 0
     for block, cost in zip(costs, done, strict=True):
@@ -152,11 +137,12 @@ def assign_stages(model: ModelConfig, rows: int, pp: int) -> dict[str, int]:
     return stages
 
 
-def _check(model: ModelConfig, options: Options) -> int:
-    """The stored rows of the vocabulary, for a mesh that the model can be cut into."""
+def _check(model: ModelConfig, options: Options) -> None:
+    """Refuse a mesh that the model cannot be cut into."""
     mesh = options.axes
     name = f"Nanotron tp={mesh.tp} pp={mesh.pp}"
-    common.require_no_bias(model, name)
+    if model.model_type == "llama":
+        common.require_no_bias(model, name)
     common.require_plain_heads(model, name)
     if options.rope_interleaved:
         common.require_even_heads(model, name)
@@ -171,17 +157,12 @@ def _check(model: ModelConfig, options: Options) -> int:
         raise LayoutError(
             f"{name}: {model.layers} layers have work for {model.layers + 2} stages at most"
         )
-    rows = options.vocab_rows or model.vocab
-    if options.vocab_multiple and not options.vocab_rows:
-        unit = options.vocab_multiple * mesh.tp
-        rows = -(-model.vocab // unit) * unit
-    if rows % mesh.tp:
+    if model.vocab % mesh.tp:
         raise LayoutError(
-            f"{name}: tp does not divide the vocabulary of {rows}; "
-            f"pad it with dst.vocab_multiple=1 (to {-(-rows // mesh.tp) * mesh.tp} rows), "
-            f"or use tp in {common.divisors(rows, legal[-1])}"
+            f"{name}: tp does not divide the vocabulary of {model.vocab}; "
+            f"pad it with dst.vocab_multiple=1 (to {-(-model.vocab // mesh.tp) * mesh.tp} rows), "
+            f"or use tp in {common.divisors(model.vocab, legal[-1])}"
         )
-    return rows
 
 
 def purpose(options: Options) -> str:
@@ -198,12 +179,16 @@ def notes(model: ModelConfig, options: Options) -> tuple[str, ...]:
             "rope_scaling is stored, but Nanotron does not apply it: "
             "positions beyond the base context differ"
         )
-    rows = _check(model, options)
-    if rows != model.vocab:
-        found.append(f"vocabulary padded from {model.vocab} to {rows} rows of zeros")
+    if model.extras.get("use_sliding_window"):
+        found.append("use_sliding_window is left out: Nanotron's attention has no such window")
     if options.rope_interleaved:
         found.append("rotary rows interleaved (rope_interleaved=true)")
     return tuple(found)
+
+
+def vocab_unit(options: Options) -> int:
+    """Nanotron pads to a multiple for each tensor-parallel rank, so that all have as many rows."""
+    return (options.vocab_multiple or 1) * options.axes.tp
 
 
 def detect(path: Path) -> bool:
@@ -223,29 +208,22 @@ def scan(path: Path, options: Options) -> Scan:
     """Read a step directory's layout from model_config.json and its files' names and headers."""
     root = step(path)
     mesh, stages = topology(root, options)
-    entries = root / FILE.format(
-        module=MODULES["embedding"],
-        suffix=SUFFIX.format(stage=stages["embedding"], pp=mesh.pp, tp=mesh.tp),
-    )
-    rows_per_shard = only_entry(Path(str(entries).format(shard=0))).shape[0]
-    model, interleaved, assumed = _model(root, options, rows_per_shard * mesh.tp)
-    stages = {**dict.fromkeys(assign_stages(model, 1, 1), mesh.pp - 1), **stages}
-    options = replace(
-        options,
-        mesh=mesh,
-        stages=stages,
-        rope_interleaved=interleaved,
-        vocab_rows=rows_per_shard * mesh.tp,
-    )
-    expected = parameters_of(model)
-    named = layout(expected, model, options)
+    suffix = SUFFIX.format(stage=stages["embedding"], pp=mesh.pp, tp=mesh.tp)
+    entries = root / FILE.format(**place_of("embedding", None), suffix=suffix)
+    rows = only_entry(Path(str(entries).format(shard=0))).shape[0] * mesh.tp
+    model, interleaved, assumed = _model(root, options, rows)
+    stages = {**dict.fromkeys(assign_stages(model, 1), mesh.pp - 1), **stages}
+    options = replace(options, mesh=mesh, stages=stages, rope_interleaved=interleaved)
+    padded = replace(model, vocab=rows)
+    named = layout(parameters_of(padded), padded, options)
     check_files(root, named, mesh)
     dtypes = {
         slot.parameter: only_entry(root / slot.file.format(shard=0)).dtype for slot in named.slots
     }
-    stored = common.with_stored_dtypes(expected, dtypes)
     model = replace(model, dtype=common.dominant_dtype(dtypes.values()))
-    found = layout(stored, model, options)
+    stored = common.with_stored_dtypes(parameters_of(model), dtypes)
+    tables = common.with_stored_dtypes(parameters_of(padded), dtypes)
+    found = vocabulary.trimmed(layout(tables, padded, options), stored)
     left = tuple(what for name, what in LEFT_BEHIND.items() if (root / name).exists())
     return Scan(
         NAME,
@@ -261,12 +239,13 @@ def scan(path: Path, options: Options) -> Scan:
 
 
 def _model_of(config: Mapping[str, Json], path: Path) -> ModelConfig:
-    """A model_config.json as a model; Qwen2 without biases and experts has a Llama's tensors."""
-    if config.get("is_qwen2_config") and (config.get("attention_bias") or config.get("moe_config")):
-        raise CheckpointError(
-            f"`{path}`: a Qwen2 model with biases or experts, which is not supported"
-        )
-    model = from_hf({**config, "model_type": "llama", "head_dim": None}, str(path))
+    """A model_config.json as a model; Qwen2 without biases has a Llama's tensors."""
+    if config.get("moe_config"):
+        raise CheckpointError(f"`{path}`: a Qwen2 model with experts, which is not supported")
+    family = {"model_type": "llama", "head_dim": None}
+    if config.get("is_qwen2_config") and config.get("attention_bias"):
+        family = {"model_type": "qwen2", "head_dim": None, "attention_bias": None}
+    model = from_hf({**config, **family}, str(path))
     carried = ("initializer_range", "hidden_act")
     return replace(model, extras={key: config[key] for key in carried if key in config})
 
@@ -287,11 +266,14 @@ def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, 
             f"but src.rope_interleaved={options.rope_interleaved}"
         )
     model = _model_of(config, name)
-    known, assumed = common.config_for(root, options, (model.hidden, model.layers, model.heads))
+    sizes = (model.hidden, model.layers, model.heads)
+    known, assumed = common.config_for(root, options, sizes, (model.model_type,))
     if known is not None:
         model = replace(
             known, rope_theta=model.rope_theta, norm_eps=model.norm_eps, tied=model.tied
         )
+    if options.vocab is not None:
+        model = replace(model, vocab=rows)
     if model.vocab > rows or (known is None and model.vocab != rows):
         raise CheckpointError(
             f"`{name}`: vocab_size {model.vocab}, but the embedding's files hold {rows} rows"
@@ -305,8 +287,7 @@ def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, 
 
 def side_files(model: ModelConfig, layout: Layout, options: Options) -> dict[str, bytes]:
     """What Nanotron starts from: weights only, with optimizer and scheduler loading turned off."""
-    rows = _check(model, options)
-    config = model_config(model, rows, bool(options.rope_interleaved))
+    config = model_config(model, bool(options.rope_interleaved))
     return {
         "model_config.json": common.dump_json(config),
         "config.yaml": training_config(model, config, options.axes),

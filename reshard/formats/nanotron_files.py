@@ -14,6 +14,22 @@ VERSION = "1.5"
 WHOLE = "None,None,None"
 SLICES, SHAPE = "local_global_slices_pairs", "unsharded_shape"
 
+# What Qwen2Config has besides the keys of LlamaConfig, as by default.
+QWEN2: dict[str, Json] = {
+    "is_qwen2_config": True,
+    "rope_seq_len_interpolation_factor": None,
+    "flex_attention_mask": None,
+    "sliding_window_size": None,
+    "no_rope_layer": None,
+    "_fused_rotary_emb": True,
+    "_fused_rms_norm": True,
+    "_use_qkv_packed": True,
+    "_use_doc_masking": False,
+    "log_attn_probs": True,
+    "ring_attn_heads_k_stride": None,
+    "moe_config": None,
+}
+
 # Sections of config.yaml that depend on no model: what Nanotron needs to start.
 GENERAL: dict[str, object] = {
     "project": "reshard",
@@ -85,12 +101,12 @@ DATA: dict[str, object] = {
 class Sharded:
     """A stored tensor that tensor parallelism cuts along `dim`.
 
-    `chunks` are the sizes of its fused parts along `dim`, `other` is its other size.
+    `chunks` are the sizes of its fused parts along `dim`, `shape` is the whole tensor's.
     """
 
     chunks: tuple[int, ...]
     dim: int
-    other: int
+    shape: tuple[int, ...]
 
 
 def shard_metadata(
@@ -109,32 +125,34 @@ def shard_metadata(
             else WHOLE
         )
         here = f"{start + shard * step},{start + (shard + 1) * step},None"
-        sides = (
-            (f"{local}|{WHOLE}", f"{here}|{WHOLE}")
-            if sharded.dim == 0
-            else (f"{WHOLE}|{local}", f"{WHOLE}|{here}")
-        )
-        pairs.append("#".join(sides))
+        pairs.append("#".join(_dims(sharded, text) for text in (local, here)))
         start += size
-    shape = (start, sharded.other) if sharded.dim == 0 else (sharded.other, start)
-    return {"version": VERSION, SLICES: ";".join(pairs), SHAPE: str(shape)}
+    return {"version": VERSION, SLICES: ";".join(pairs), SHAPE: str(sharded.shape)}
 
 
-def wrong_slices(layout: Layout, file: str, found: Mapping[str, str]) -> str | None:
+def _dims(sharded: Sharded, text: str) -> str:
+    """A slice of the dim that is cut, among those of the other dims, which are whole."""
+    dims = [WHOLE] * len(sharded.shape)
+    dims[sharded.dim] = text
+    return "|".join(dims)
+
+
+def wrong_slices(layout: Layout, file: str, found: Mapping[str, object]) -> str | None:
     """What is wrong with the header of `file`, which must name the slices that the layout says."""
     expected = layout.header(file)
     for key in (SLICES, SHAPE) if expected else ():
         if key not in found:
             return f"`{file}`: its header has no `{key}`"
         # numpy 2 prints the sizes of fused tensors as np.int64(128)
-        text = re.sub(r"np\.int64\((\d+)\)", r"\1", found[key])
-        if text.replace(" ", "") != expected[key].replace(" ", ""):
-            return f"`{file}`: its header says {key} {text[:80]}, expected {expected[key][:80]}"
+        text, wanted = re.sub(r"np\.int64\((\d+)\)", r"\1", str(found[key])), str(expected[key])
+        if text.replace(" ", "") != wanted.replace(" ", ""):
+            return f"`{file}`: its header says {key} {text[:80]}, expected {wanted[:80]}"
     return None
 
 
-def model_config(model: ModelConfig, rows: int, rope_interleaved: bool) -> dict[str, Json]:
-    """Nanotron's LlamaConfig; `rows` is the vocabulary with padding, as its trainer writes it."""
+def model_config(model: ModelConfig, rope_interleaved: bool) -> dict[str, Json]:
+    """Nanotron's LlamaConfig, or its Qwen2Config for a model with biases on q, k and v."""
+    qwen = model.model_type == "qwen2"
     eos = model.eos[0] if isinstance(model.eos, list) else model.eos
     scaling = dict(model.rope_scaling) if model.rope_scaling is not None else None
     return {
@@ -144,11 +162,11 @@ def model_config(model: ModelConfig, rows: int, rope_interleaved: bool) -> dict[
         "hidden_size": model.hidden,
         "initializer_range": model.extras.get("initializer_range", 0.02),
         "intermediate_size": model.intermediate,
-        "is_llama_config": True,
+        **(QWEN2 if qwen else {"is_llama_config": True}),
         "max_position_embeddings": model.max_positions,
         "num_attention_heads": model.heads,
         "num_hidden_layers": model.layers,
-        "attention_bias": False,
+        "attention_bias": qwen,
         "num_key_value_heads": model.kv_heads,
         "pad_token_id": model.pad,
         "pretraining_tp": 1,
@@ -158,7 +176,7 @@ def model_config(model: ModelConfig, rows: int, rope_interleaved: bool) -> dict[
         "rope_interleaved": rope_interleaved,
         "tie_word_embeddings": model.tied,
         "use_cache": True,
-        "vocab_size": rows,
+        "vocab_size": model.vocab,
         "_attn_implementation": "flash_attention_2",
         "z_loss_enabled": False,
         "z_loss_coefficient": 0.0001,

@@ -13,14 +13,15 @@ from reshard.layout import Layout
 KEY = "data"
 
 
-FILE = "model/model/{module}/model_weight{suffix}.safetensors"
+FILE = "model/model/{module}/model_{leaf}{suffix}.safetensors"
 
 
 SUFFIX = "_pp-rank-{stage}-of-{pp}_tp-rank-{{shard}}-of-{tp}"
 
 
 FILE_NAME = re.compile(
-    r"model_weight(?:_pp-rank-(\d{1,6})-of-(\d{1,6})_tp-rank-(\d{1,6})-of-(\d{1,6}))?\.safetensors"
+    r"model_(?:weight|bias)(?:_pp-rank-(\d{1,6})-of-(\d{1,6})_tp-rank-(\d{1,6})-of-(\d{1,6}))?"
+    r"\.safetensors"
 )
 
 
@@ -38,6 +39,12 @@ MODULES = {
     "norm": "final_layer_norm/pp_block",
     "output": "lm_head/pp_block",
 }
+
+
+def place_of(role: str, layer: int | None) -> dict[str, str]:
+    """What a file's name says of a parameter: its module, and weight or bias."""
+    weight, bias, _ = role.partition(".bias")
+    return {"module": MODULES[weight].format(layer=layer), "leaf": "bias" if bias else "weight"}
 
 
 def step(path: Path) -> Path:
@@ -72,7 +79,7 @@ def topology(root: Path, options: Options) -> tuple[Mesh, dict[str, int]]:
         match = FILE_NAME.fullmatch(os.path.basename(file))
         if match is None:
             raise CheckpointError(
-                f"`{root / file}`: not the name of a file that Nanotron writes for a dense Llama"
+                f"`{root / file}`: not the name of a file that Nanotron writes for a dense model"
             )
         if match[1] is None:
             continue

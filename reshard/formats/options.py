@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from reshard.containers import Blob
 from reshard.families import Model
 from reshard.layout import Layout, Parameter
 from reshard.placement import Boxes, Cut
@@ -37,11 +38,15 @@ class Options:
 
     `mesh` None (a source only): read from the files. `files` names the file of each parameter, and
     `stages` the pipeline stage of each parameter, where a checkpoint that exists decides them.
-    `vocab_rows` is the stored vocabulary, padding included. `model` is a config for what the files
-    do not say, `assets` a directory with a config and the small files that the source lacks.
+    `vocab` is the true vocabulary of a source whose tables have padding: rows, or "tokenizer" for
+    as many as that has tokens. `model` is a config for what the files do not say, `assets` a
+    directory with a config and the small files that the source lacks.
+    `version`, `instruct` and `rope_factor` say which release of Llama a source is.
     `rope` is the order of rotary rows ("interleaved" or "half"), `keys` the generation of names
     ("current" or "older"), `wrapper` the name of the dict around the weights ("model" or "none"),
-    and `chunks` what an existing directory holds of each tensor.
+    and `chunks` what an existing directory holds of each tensor. `encoding` is the codec of
+    matrices, `tokenizer` the number and the bytes of its keys in a header, and `file` the one file
+    of several models that is meant.
     """
 
     mesh: Mesh | None = None
@@ -49,9 +54,11 @@ class Options:
     max_shard_bytes: int = 5_000_000_000
     rope_interleaved: bool | None = None
     vocab_multiple: int | None = None
-    vocab_rows: int | None = None
+    vocab: int | str | None = None
     tied: bool | None = None
     rope_factor: float | None = None
+    version: str | None = None
+    instruct: bool | None = None
     model: Model | None = None
     assets: Path | None = None
     rope: str | None = None
@@ -60,6 +67,9 @@ class Options:
     files: Mapping[str, str] | None = None
     stages: Mapping[str, int] | None = None
     chunks: Mapping[str, Chunks] | None = None
+    encoding: str | None = None
+    tokenizer: tuple[int, Blob] | None = None
+    file: str | None = None
 
     @property
     def axes(self) -> Mesh:
@@ -72,7 +82,8 @@ class Scan:
     """A checkpoint that exists: its model, its layout, and what was learnt on the way.
 
     `assumed` are lines on what the files do not say and how it was decided; `left_behind` names
-    what is not carried; `folders` are where small files lie besides `root`. `ignored(key)` tells
+    what is not carried; `folders` are where small files lie besides `root`, and `inside` what the
+    weights' own files have of their content. `ignored(key)` tells
     stored tensors that are known to be of no use, and `wrong_metadata(file, metadata)` what is
     wrong with a header's metadata.
     """
@@ -86,7 +97,8 @@ class Scan:
     assumed: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
     folders: tuple[Path, ...] = ()
+    inside: tuple[str, ...] = ()
     ignored: Callable[[str], bool] = field(default=lambda key: False)
-    wrong_metadata: Callable[[str, Mapping[str, str]], str | None] = field(
+    wrong_metadata: Callable[[str, Mapping[str, object]], str | None] = field(
         default=lambda file, metadata: None
     )

@@ -19,6 +19,7 @@ from reshard.placement import uncut
 
 NAME = "statedict"
 ANY_FAMILY = True
+SOURCE_ONLY = True
 FALLBACK = True
 ASSETS = common.TRANSFORMERS_ASSETS
 NEEDED = {common.CONFIG: (common.CONFIG,), "tokenizer": common.TOKENIZERS}

@@ -23,6 +23,7 @@ from reshard.layout import Layout, Parameter, Slot
 from reshard.placement import Boxes, Groups, Placement, chunked
 
 NAME = "titan"
+FAMILIES = ("llama",)
 FOLDER = "step-0"
 SOURCE_KEYS = ("tied", "rope")
 TARGET_KEYS = ("rope", "keys")
@@ -282,7 +283,7 @@ def _model(root: Path, folders: Sequence[Path], options: Options) -> tuple[Model
             f"`{root}`: the number of heads and the rotary base are not in the files; give "
             "src.model=NAME|config.json|params.json, or src.assets=DIR with a config.json"
         )
-    if not isinstance(model, ModelConfig):
+    if not isinstance(model, ModelConfig) or model.model_type not in FAMILIES:
         raise CheckpointError(
             f"`{root}`: {origin}: the model type {model.model_type} is not known to titan"
         )

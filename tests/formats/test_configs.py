@@ -95,7 +95,7 @@ def test_params_count_copied_heads(mp, expected):
 
 
 def layers_per_stage(model: ModelConfig, pp: int) -> list[int]:
-    stages = assign_stages(model, model.vocab, pp)
+    stages = assign_stages(model, pp)
     return [
         sum(stages[str(layer)] == stage for layer in range(model.layers)) for stage in range(pp)
     ]
@@ -122,13 +122,13 @@ def layers_per_stage(model: ModelConfig, pp: int) -> list[int]:
 def test_stages_are_those_of_the_table(layers, pp, hidden, ffn, vocab, expected):
     model = sized(hidden, ffn, layers, vocab)
     assert layers_per_stage(model, pp) == expected
-    stages = assign_stages(model, vocab, pp)
+    stages = assign_stages(model, pp)
     assert stages["embedding"] == 0
     assert stages["norm"] == stages["output"] == pp - 1
 
 
 def test_more_stages_than_work_leave_the_last_without_a_parameter():
-    stages = assign_stages(sized(16, 64, 2, 256), 256, 4)
+    stages = assign_stages(sized(16, 64, 2, 256), 4)
     assert stages == {"embedding": 0, "0": 0, "1": 1, "norm": 2, "output": 2}
 
 
@@ -138,7 +138,7 @@ def test_more_stages_than_work_leave_the_last_without_a_parameter():
 def test_a_heavy_output_pulls_the_layers_to_the_first_stage(vocab, expected):
     """With r = V / (4h + 3F) from 2 on, all four layers; from 4 on, norm and output as well."""
     model = sized(64, 64, 4, vocab)
-    assert [*layers_per_stage(model, 2), assign_stages(model, vocab, 2)["output"]] == expected
+    assert [*layers_per_stage(model, 2), assign_stages(model, 2)["output"]] == expected
 
 
 @settings(max_examples=200)
@@ -150,7 +150,7 @@ def test_stages_are_those_of_nanotron_s_walk(layers, pp, hidden, ffn, data):
     names = {"token_position_embeddings": "embedding", "final_layer_norm": "norm"}
     names |= {"lm_head": "output"} | {f"decoder.{layer}": str(layer) for layer in range(layers)}
     expected = {ours: walked[theirs] for theirs, ours in names.items()}
-    assert assign_stages(sized(hidden, ffn, layers, vocab), vocab, pp) == expected
+    assert assign_stages(sized(hidden, ffn, layers, vocab), pp) == expected
 
 
 # Nanotron's metadata: the examples of the format's notes.

@@ -16,6 +16,7 @@ from reshard.placement import uncut
 from tests import conformance
 from tests.layouts import Case, cases, config_of, fused, held, layout_of, oracle
 from tests.oracles import dcp as dcp_oracle
+from tests.oracles import gguf as gguf_oracle
 from tests.oracles import hf as hf_oracle
 from tests.oracles import meta as meta_oracle
 from tests.oracles import models
@@ -163,6 +164,30 @@ def test_hf_windows_find_each_value_in_files_of_the_oracle(tmp_path, tied):
             where |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict
     assert set(where) == {slot.key for slot in layout.slots}
     _check_values(layout, model, lambda file, key: where[key])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf_windows_find_each_value_in_files_of_the_oracle(tmp_path, tied):
+    facts = {"attention_bias": True, "dtype": torch.float32}
+    model = oracle("b", tied=tied, **facts)
+    gguf_oracle.write(model, tmp_path, gguf_oracle.Kind.F32)
+    stored = gguf_oracle.read(tmp_path)
+    layout = layout_of(config_of("b", tied=tied, **facts), "gguf")
+    (file,) = layout.files
+    kept = gguf_oracle.to_gguf(model)
+    assert [content.key for content in layout.contents(file)] == list(stored.kinds) == list(kept)
+    _check_values(layout, model, lambda file, key: kept[key])
+
+
+@pytest.mark.parametrize("encoding", ["q8_0", "q4_1"])
+def test_coded_tensors_take_the_bytes_that_they_take_in_files_of_the_oracle(tmp_path, encoding):
+    blocks = {"hidden_size": 96, "head_dim": 16, "intermediate_size": 160, "vocab_size": 128}
+    gguf_oracle.write(oracle("c", **blocks), tmp_path, gguf_oracle.Kind[encoding.upper()])
+    expected = {key: len(raw) for key, raw in gguf_oracle.read(tmp_path).raw.items()}
+    layout = layout_of(config_of("c", **blocks), "gguf", encoding=encoding)
+    (file,) = layout.files
+    assert {content.key: content.nbytes for content in layout.contents(file)} == expected
+    assert layout.total_bytes() == sum(expected.values())
 
 
 def placed_boxes(layout: Layout) -> dict[tuple[str, tuple[int, ...]], tuple[object, ...]]:

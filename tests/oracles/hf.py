@@ -22,11 +22,22 @@ DEFAULTS = {
 }
 
 
+# Keys of a Llama's config.json that the config classes of other families do not know.
+UNKNOWN_KEYS = {
+    "qwen2": ("attention_bias", "mlp_bias", "head_dim"),
+    "mistral": ("attention_bias", "mlp_bias"),
+}
+
+
 def write(model: Model, path: Path, files: int = 1, *, spelling: int = 4) -> None:
     """Write safetensors (dealt round robin over `files`), the index, and both configs."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = model.config if spelling == 4 else spelled_as_5(model.config)
+    unknown = UNKNOWN_KEYS.get(config["model_type"], ())
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        unknown = tuple(key for key in unknown if key != "head_dim")
+    config = {key: value for key, value in config.items() if key not in unknown}
     generation = {key: model.config[key] for key in ("bos_token_id", "eos_token_id")}
     _dump(path / "config.json", config)
     _dump(path / "generation_config.json", {"_from_model_config": True, **generation})
@@ -46,7 +57,11 @@ def write(model: Model, path: Path, files: int = 1, *, spelling: int = 4) -> Non
 def read(path: Path) -> Model:
     """Read every tensor; the index, where there is one, must tell the truth about the files."""
     path = Path(path)
-    config = spelled_as_4(json.loads((path / "config.json").read_text()))
+    stored = json.loads((path / "config.json").read_text())
+    config = spelled_as_4(stored)
+    implied = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
+    for key in UNKNOWN_KEYS.get(config["model_type"], ()):
+        assert key not in stored or (key == "head_dim" and not implied), f"{key} in config.json"
     tensors: dict[str, Tensor] = {}
     where: dict[str, str] = {}
     for file in sorted(path.glob("*.safetensors")):

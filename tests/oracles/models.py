@@ -22,6 +22,11 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 8192,
 }
 
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 # storage of the same width, and the bits of the exponent, whose all ones mean infinity or NaN
 PATTERNS = {
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -74,8 +79,7 @@ def build(
     """A model of the given sizes; overrides replace keys of its config."""
     config = _common() | sizes | {"tie_word_embeddings": tied, "torch_dtype": _name(dtype)}
     config |= overrides
-    if config["model_type"] == "qwen2":
-        config["architectures"] = ["Qwen2ForCausalLM"]
+    config["architectures"] = [ARCHITECTURES[config["model_type"]]]
     return Model(config, placed_values(shapes(config), dtype))
 
 
@@ -212,7 +216,6 @@ def _name(dtype: torch.dtype) -> str:
 def _common() -> dict[str, Any]:
     """The keys of config.json that do not depend on sizes, in the spelling of transformers 4.x."""
     return {
-        "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "attention_bias": False,
         "mlp_bias": False,

@@ -41,6 +41,32 @@ SHARED_KEYS = (
     "use_cache",
     "vocab_size",
 )
+# What a Qwen2Config has beyond a LlamaConfig, with its defaults.
+QWEN2_KEYS = {
+    "is_qwen2_config": True,
+    "moe_config": None,
+    "no_rope_layer": None,
+    "flex_attention_mask": None,
+    "log_attn_probs": True,
+    "ring_attn_heads_k_stride": None,
+    "rope_seq_len_interpolation_factor": None,
+    "sliding_window_size": None,
+    "_fused_rms_norm": True,
+    "_fused_rotary_emb": True,
+    "_use_doc_masking": False,
+    "_use_qkv_packed": True,
+}
+LLAMA_KEYS = {
+    *SHARED_KEYS,
+    "attention_bias",
+    "is_llama_config",
+    "pad_token_id",
+    "pretraining_tp",
+    "rope_interleaved",
+    "z_loss_coefficient",
+    "z_loss_enabled",
+    "_attn_implementation",
+}
 FILE = re.compile(r"model_(weight|bias)_pp-rank-(\d+)-of-(\d+)_tp-rank-(\d+)-of-(\d+)\.safetensors")
 Slices = tuple[slice, ...]
 
@@ -259,6 +285,9 @@ def from_model_config(stored: dict[str, Any]) -> dict[str, Any]:
     assert qwen or stored.get("is_llama_config") is True, "neither Llama nor Qwen2"
     biased = bool(stored["attention_bias"])
     assert qwen or not biased, "Nanotron's Llama has no bias"
+    known = LLAMA_KEYS - {"is_llama_config"} | QWEN2_KEYS.keys() if qwen else LLAMA_KEYS
+    assert set(stored) <= known, f"keys that its class refuses: {sorted(set(stored) - known)}"
+    assert not stored.get("moe_config"), "experts"
     config = {key: stored[key] for key in SHARED_KEYS}
     heads = config["num_attention_heads"]
     if config["num_key_value_heads"] is None:
@@ -278,7 +307,7 @@ def to_model_config(config: dict[str, Any], rope_interleaved: bool) -> dict[str,
     qwen = config["model_type"] == "qwen2"
     return {
         **{key: config[key] for key in SHARED_KEYS},
-        "is_qwen2_config" if qwen else "is_llama_config": True,
+        **(QWEN2_KEYS if qwen else {"is_llama_config": True}),
         "attention_bias": qwen,
         "pad_token_id": None,
         "pretraining_tp": 1,

