@@ -48,7 +48,7 @@ llamacpp: $(VENV)/.real
 	@PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(PYTHON) PIP_FLAGS='$(PIP_FLAGS)' tests/real/llamacpp.sh
 
 clean:
-	rm -rf $(VENV) .venv-titan $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info reshard-demo
+	rm -rf $(VENV) .venv-titan .venv-llamacpp $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info reshard-demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

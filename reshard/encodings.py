@@ -104,7 +104,8 @@ def decode(encoding: Encoding, memory: memoryview) -> None:
         stop = min(start + STEP, len(values))
         held = memory[first + encoding.size(start) : first + encoding.size(stop)]
         coded = np.frombuffer(bytes(held), dtype=np.uint8)
-        values[start:stop] = codecs.quants.dequantize(coded, kind)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values[start:stop] = codecs.quants.dequantize(coded, kind)
 
 
 def spoilt(encoding: Encoding, coded: memoryview) -> int:

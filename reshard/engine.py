@@ -196,10 +196,10 @@ class Engine:
 
         Copies are compared, and losses of a cast counted, over all that is moved.
         """
-        wanted = move.pieces[0][1].dtype
-        if not len(self._done) or any(
-            stored.copy or narrows(stored.dtype, wanted) for _, stored in move.reads
-        ):
+        wanted = move.pieces[0][1]
+        if not len(self._done) or wanted.slot.encoding is not None:
+            return False
+        if any(stored.copy or narrows(stored.dtype, wanted.dtype) for _, stored in move.reads):
             return False
         return all(self._written(piece) for _, piece in move.pieces)
 

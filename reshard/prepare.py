@@ -247,8 +247,21 @@ def _target(config: JobConfig) -> tuple[formats.Format, Options, torch.dtype | N
         wrapper=side.options.wrapper or scan.options.wrapper,
         keys=side.options.keys or scan.options.keys,
         rope=side.options.rope or scan.options.rope,
+        encoding=side.options.encoding or (None if side.dtype else _encoding_of(scan)),
     )
-    return sample, taken, side.dtype or getattr(torch, scan.model.dtype)
+    coded = taken.encoding is not None
+    return sample, taken, side.dtype or (None if coded else getattr(torch, scan.model.dtype))
+
+
+def _encoding_of(scan: Scan) -> str | None:
+    """The codec of a sample's matrices, which must be one."""
+    found = {slot.encoding.name for slot in scan.layout.slots if slot.encoding is not None}
+    if len(found) > 1:
+        raise ConfigError(
+            f"dst.like: `{scan.root}` has tensors of {' and '.join(sorted(found))}; choose one "
+            "with dst.dtype"
+        )
+    return next(iter(found), None)
 
 
 def small_files(prepared: Prepared) -> dict[str, Iterable[bytes]]:

@@ -881,6 +881,17 @@ def test_only_the_damaged_piece_is_coded_again(long: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", CODED)
+@pytest.mark.filterwarnings("error")
+def test_blocks_without_a_finite_scale_are_read_without_a_word(name: str) -> None:
+    """numpy would warn on standard error."""
+    encoding, room = ENCODINGS[name], memoryview(bytearray(128))
+    half = np.float16(np.inf).tobytes()
+    room[-encoding.nbytes :] = half * 2 + bytes(encoding.nbytes - 4)
+    decode(encoding, room)
+    assert not np.isfinite(np.frombuffer(room, dtype=np.float32)).all()
+
+
+@pytest.mark.parametrize("name", CODED)
 def test_coding_a_block_takes_little_memory(name: str) -> None:
     """Of 4 MiB, the largest there are; a model with such blocks is too large for a test."""
     values = np.random.default_rng(0).standard_normal(MAX_BLOCK_BYTES // 4, dtype=np.float32)
@@ -891,6 +902,8 @@ def test_coding_a_block_takes_little_memory(name: str) -> None:
         code(ENCODINGS[name], room)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
+        size = ENCODINGS[name].size(len(values))
+        room[-size:] = bytes(room[:size])
     assert max(peaks) < 4 << 20, peaks
 
 

@@ -140,6 +140,7 @@ SHARED_BY_FORMATS = {"common", "options"}
 HELPERS = {
     "dcp": {"fsdp", "titan"},
     "foreign": {"__init__"},
+    "gguf_files": {"gguf"},
     "gguf_keys": {"gguf"},
     "meta_files": {"meta"},
     "meta_params": {"meta", "titan"},

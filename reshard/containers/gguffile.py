@@ -10,7 +10,7 @@ The alignment is 32 unless a key says otherwise. llama.cpp refuses a file whose 
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """`count` key-values that were serialised before."""
+    """`count` key-values whose bytes were made before."""
 
     count: int
     blob: bytes | Blob
@@ -280,12 +280,6 @@ def _info(spec: TensorSpec, offset: int) -> bytes:
         )
     sizes = struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *reversed(spec.shape))
     return pack_string(name) + sizes + struct.pack("<IQ", number, offset)
-
-
-def serialise(pairs: Iterable[tuple[str, Value]]) -> tuple[int, bytes]:
-    """The number of key-values and their bytes, for `Fields` (ValueError)."""
-    made = [pack(key, item.kind, item.value) for key, item in pairs]
-    return len(made), b"".join(made)
 
 
 def _field(key: str, item: object) -> bytes:

@@ -12,11 +12,9 @@ import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from reshard.containers import shown
-from reshard.errors import CheckpointError
 
 Scalar = str | int | float | bool
 
@@ -48,22 +46,19 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class LongArray:
-    """An array that was left in the file: its `count` elements begin at byte `offset`."""
+    """An array of `count` elements that was left in the file, such as a vocabulary."""
 
     kind: str
     count: int
-    offset: int
-    nbytes: int
 
 
 class Cursor:
     """Reads a file from its start on, through a window; what it cannot read is a ValueError."""
 
-    def __init__(self, file: BinaryIO, limit: int = _MAX_HEADER_BYTES) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._descriptor = file.fileno()
         self.file_bytes = os.fstat(self._descriptor).st_size
         self.position = 0
-        self._limit = limit
         self._start, self._window = 0, b""
 
     def skip(self, size: int) -> None:
@@ -100,8 +95,10 @@ class Cursor:
         """Refuse to go on to `stop` where the file, or what a header may take, ends before."""
         if stop > self.file_bytes:
             raise ValueError(f"truncated: {self.file_bytes} bytes, its header goes on to {stop}")
-        if stop > self._limit:
-            raise ValueError(f"its header goes on to byte {stop}, expected {self._limit} at most")
+        if stop > _MAX_HEADER_BYTES:
+            raise ValueError(
+                f"its header goes on to byte {stop}, expected {_MAX_HEADER_BYTES} at most"
+            )
 
     def _refill(self, position: int, size: int) -> None:
         """Read a window from `position` on that has at least `size` bytes."""
@@ -187,18 +184,18 @@ def _kind(number: int) -> tuple[str, str]:
 
 
 def _array(cursor: Cursor, budget: _Budget) -> tuple[str, object]:
-    """An array as a tuple where it is short, and where it lies where it is long."""
+    """An array as a tuple where it is short; a long one is left in the file."""
     number = cursor.number("I")
     if number == ARRAY:
         raise ValueError("is an array of arrays, which llama.cpp does not read either")
     kind, letter = _kind(number)
-    count, start = cursor.number("Q"), cursor.position
+    count = cursor.number("Q")
     if count > _MAX_SHORT:
         if letter:
             cursor.skip(count * struct.calcsize(letter))
         else:
             cursor.skip_strings(count)
-        return f"[{kind}]", LongArray(kind, count, start, cursor.position - start)
+        return f"[{kind}]", LongArray(kind, count)
     if letter:
         size = count * struct.calcsize(letter)
         budget.spend(size)
@@ -218,26 +215,6 @@ def _numbers(data: bytes, letter: str) -> tuple[Scalar, ...]:
     if letter == "?" and data.strip(b"\0\1"):
         raise ValueError(f"is no truth value: {data.strip(bytes(2))[0]}, expected 0 or 1")
     return struct.unpack(f"<{len(data) // struct.calcsize(letter)}{letter}", data)
-
-
-def read_array(path: Path, array: LongArray) -> Iterator[Scalar]:
-    """The elements of an array that was left in the file."""
-    _, letter = KINDS[array.kind]
-    try:
-        with path.open("rb") as file:
-            cursor = Cursor(file, array.offset + array.nbytes)
-            cursor.skip(array.offset)
-            if not letter:
-                yield from _strings(cursor, array.count, _Budget(array.nbytes))
-                return
-            step = _WINDOW // struct.calcsize(letter)
-            for first in range(0, array.count, step):
-                count = min(step, array.count - first)
-                yield from _numbers(cursor.take(count * struct.calcsize(letter)), letter)
-    except OSError as error:
-        raise CheckpointError(f"`{path}`: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"`{path}`: {error}") from error
 
 
 def pack(key: str, kind: str, value: Scalar | Sequence[Scalar]) -> bytes:

@@ -5,7 +5,6 @@ Norms and biases are float32. A tied output is left out, and so is the tied one 
 frequency factors of llama3 scaling are a tensor of their own.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from reshard.encodings import ENCODINGS, TOOL_ONLY, require
 from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.families import parameters as parameters_of
 from reshard.families.model import ModelConfig
-from reshard.formats import common, gguf_keys
+from reshard.formats import common, gguf_files, gguf_keys
 from reshard.formats.options import Mesh, Options, Scan
 from reshard.layout import Constant, Content, Layout, Parameter, Slot
 from reshard.placement import Placement, uncut
@@ -33,8 +32,6 @@ EMBEDS_TOKENIZER = True
 SOURCE_KEYS = ("file",)
 CONTAINER = "gguffile"
 FILE = "model-{kind}.gguf"
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-PROJECTOR = "mmproj"
 KEYS = {
     "embedding": "token_embd.weight",
     "attention.q": "blk.{layer}.attn_q.weight",
@@ -157,45 +154,7 @@ def notes(model: ModelConfig, options: Options) -> tuple[str, ...]:
 
 def detect(path: Path) -> bool:
     """Whether `path` is a directory of this format."""
-    return bool(_candidates(path))
-
-
-def _candidates(path: Path) -> list[str]:
-    """The files of weights, without the projectors of vision models."""
-    return sorted(
-        found.name for found in path.glob("*.gguf") if not found.name.startswith(PROJECTOR)
-    )
-
-
-def _files(path: Path, options: Options) -> list[str]:
-    """The one file that is meant, or all parts of it in order."""
-    found = _candidates(path)
-    asked = options.file
-    if asked is not None:
-        if asked not in found:
-            raise ConfigError(
-                f"src.file: `{path / asked}` is not there, found {', '.join(found) or 'none'}"
-            )
-        found = [name for name in found if _stem(name) == _stem(asked)]
-    stems = {_stem(name) for name in found}
-    if len(stems) != 1:
-        raise ConfigError(
-            f"`{path}`: holds {len(stems)} models: {', '.join(found)}; "
-            "choose one with src.file=NAME"
-        )
-    [(stem, count)] = stems
-    if not count:
-        return found
-    expected = [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-    if missing := [name for name in expected if name not in found]:
-        raise CheckpointError(f"`{path / missing[0]}` is missing: found {len(found)} of {count}")
-    return expected
-
-
-def _stem(name: str) -> tuple[str, int]:
-    """What the parts of a model share: the begin of their names, and their number (0: whole)."""
-    part = PART.fullmatch(name)
-    return (part[1], int(part[3])) if part else (name, 0)
+    return bool(gguf_files.candidates(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +169,7 @@ def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a directory from the header of its file or files."""
     if options.mesh not in (None, Mesh()):
         raise LayoutError(f"gguf: a GGUF file has no mesh, found {options.mesh}")
-    files = _files(path, options)
+    files = gguf_files.chosen(path, options.file)
     first = containers.index(CONTAINER, path, files[0])
     held = {
         key: _Held(file, entry)
@@ -241,7 +200,7 @@ def scan(path: Path, options: Options) -> Scan:
         expected, {name: found.entry.dtype for name, found in where.items()}
     )
     plain = replace(options, mesh=Mesh(), encoding=None, tokenizer=None)
-    laid_out = replace(layout(stored, model, plain), constants=())
+    laid_out = replace(layout(expected, model, plain), constants=())
     slots = tuple(
         replace(
             slot,
@@ -258,7 +217,7 @@ def scan(path: Path, options: Options) -> Scan:
         replace(laid_out, name=f"gguf {_name_of(matrices)}", slots=slots),
         path,
         plain,
-        (*assumed, *_said_of(matrices)),
+        (*assumed, *_said_of([found.entry for found in where.values()])),
         ignored=lambda key: key == ROPE_FACTORS,
         inside=(TOKENIZER,) if f"{TOKENIZER}.tokens" in first.metadata else (),
     )
@@ -305,13 +264,15 @@ def _name_of(matrices: Sequence[containers.Entry]) -> str:
     return max(sorted(set(names)), key=names.count)
 
 
-def _said_of(matrices: Sequence[containers.Entry]) -> tuple[str, ...]:
+def _said_of(entries: Sequence[containers.Entry]) -> tuple[str, ...]:
     """What a user should know of the values."""
-    coded = sorted({entry.encoding.name for entry in matrices if entry.encoding is not None})
+    coded = sorted({entry.encoding.name for entry in entries if entry.encoding is not None})
     if coded:
         return (f"{', '.join(coded)} tensors are de-quantised to float32, exactly",)
-    wide = all(entry.dtype == torch.float32 for entry in matrices)
-    return () if wide else ("norms are float32, as GGUF has them; dst.dtype makes all alike",)
+    kinds = {len(entry.shape) > 1: entry.dtype for entry in entries}
+    if kinds.get(False) == torch.float32 != kinds.get(True):
+        return ("norms are float32, as GGUF has them; dst.dtype makes all alike",)
+    return ()
 
 
 def _scaled(path: Path, model: ModelConfig, factors: _Held | None) -> ModelConfig:

@@ -7,12 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from reshard.containers.gguffile import Value
-from reshard.errors import CheckpointError, LayoutError
+from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.families.model import Json, ModelConfig
 from reshard.layout import Parameter
 
@@ -31,6 +32,10 @@ FILE_TYPES = {
     "BF16": 32,
 }
 QUANTIZATION_VERSION = 2
+TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+# Of yarn's parameters, those that a header says, and the values of the others that it implies.
+SAID = {"rope_type", "type", "factor", "original_max_position_embeddings", "rope_theta"}
+IMPLIED: Mapping[str, Json] = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None}
 LLAMA3: Mapping[str, float | int] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -63,6 +68,13 @@ def require_said(model: ModelConfig, name: str) -> None:
     if kind not in (None, "llama3", "linear", "yarn"):
         raise LayoutError(
             f"{name}: rope_scaling of type {kind} has no keys in a GGUF header; use --dst hf"
+        )
+    scaling = model.rope_scaling or {}
+    odd = {key for key in scaling if key not in SAID and scaling[key] != IMPLIED.get(key)}
+    if kind in ("linear", "yarn") and odd:
+        raise LayoutError(
+            f"{name}: rope_scaling has {min(odd)} {scaling[min(odd)]}, which has no key in a GGUF "
+            "header here; use --dst hf"
         )
     if kind == "llama3" and model.model_type not in INTERLEAVED:
         raise LayoutError(
@@ -187,25 +199,28 @@ class Header:
                 f"`{self.path}`: {arch}.rope.dimension_count is not the size of a head, "
                 f"{head_dim}, which is not supported"
             )
-        return ModelConfig(
-            model_type=str(arch),
-            hidden=hidden,
-            layers=self._size(f"{arch}.block_count"),
-            heads=heads,
-            kv_heads=self._size(f"{arch}.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            intermediate=self._size(f"{arch}.feed_forward_length"),
-            vocab=rows,
-            tied=tied,
-            attention_bias=biased,
-            norm_eps=self._number(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5),
-            rope_theta=self._number(f"{arch}.rope.freq_base", 10000.0),
-            max_positions=self._size(f"{arch}.context_length"),
-            bos=self._token("bos"),
-            eos=self._token("eos"),
-            pad=self._token("padding"),
-            rope_scaling=self._scaling(str(arch)),
-        )
+        if self._size(f"{arch}.vocab_size", rows) != rows:
+            raise CheckpointError(
+                f"`{self.path}`: {arch}.vocab_size is {self.metadata[f'{arch}.vocab_size']}, but "
+                f"the embedding has {rows} rows"
+            )
+        sizes: dict[str, Any] = {
+            "hidden": hidden,
+            "layers": self._size(f"{arch}.block_count"),
+            "heads": heads,
+            "kv_heads": self._size(f"{arch}.attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate": self._size(f"{arch}.feed_forward_length"),
+            "norm_eps": self._number(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5),
+            "rope_theta": self._number(f"{arch}.rope.freq_base", 10000.0),
+            "max_positions": self._size(f"{arch}.context_length"),
+            "rope_scaling": self._scaling(str(arch)),
+            **{name: self._token(key) for name, key in TOKENS.items()},
+        }
+        try:
+            return ModelConfig(str(arch), **sizes, vocab=rows, tied=tied, attention_bias=biased)
+        except ConfigError as error:
+            raise CheckpointError(f"`{self.path}`: {error}") from None
 
     def _scaling(self, arch: str) -> dict[str, Json] | None:
         """Linear and yarn scaling, which have keys of their own."""

@@ -203,8 +203,8 @@ def write(
 ) -> None:
     """Write a model with the package's own writer.
 
-    `kinds` are those of tensors by their GGUF names, or one for all matrices. `parts` is the number of
-    tensors in each file (0: all in one). `more` replaces keys of the header (None: left out) and
+    `kinds` are those of tensors by their GGUF names, or one for all matrices. `parts` is the number
+    of tensors in each file (0: all in one). `more` replaces keys of the header (None: left out) and
     `without` leaves tensors out; `extra` are further tensors, as float32.
     """
     path = Path(path)
