@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reshard.errors import CheckpointError
 from reshard.formats import common
 from reshard.storage import explained
 
@@ -12,6 +13,7 @@ MAX_ASSET_BYTES = 64 << 20
 PIECE_BYTES, ENTRY_BYTES = 1 << 20, 1 << 10
 ADDED_TOKEN = re.compile(rb'"id"\s*:\s*(\d{1,9})')
 TOKEN = re.compile(rb'"\s*:\s*(\d{1,9})\s*[,}]')
+ID = re.compile(r"\d{1,9}", re.ASCII)
 MERGES = re.compile(rb'"merges"\s*:\s*\[')
 ORIGINAL = "original"
 LEGAL_TEXTS = ("LICENSE", "NOTICE", "USE_POLICY", "README")
@@ -90,10 +92,10 @@ def tokens_in(folders: Sequence[Path]) -> int | None:
 
 
 def tokens_of(folder: Path) -> int | None:
-    """How many tokens the tokenizer.json of a directory knows; None where it does not say it.
+    """How many tokens a directory's tokenizer.json, and the tokens added beside it, are.
 
-    The file is scanned and not parsed, which would take ten times its size: before the vocabulary
-    for the ids of added tokens, and in it for all others.
+    None where tokenizer.json does not say it. It is scanned and not parsed, which would take ten
+    times its size: before the vocabulary for the ids of added tokens, and in it for all others.
     """
     path = folder / "tokenizer.json"
     if not path.is_file() or path.stat().st_size > MAX_ASSET_BYTES:
@@ -114,4 +116,24 @@ def tokens_of(folder: Path) -> int | None:
                 break
         # An entry may go on in the next piece; to meet one twice does no harm.
         rest = text[-ENTRY_BYTES:]
-    return largest + 1 if inside and largest >= 0 else None
+    return max(largest, *_added_beside(folder)) + 1 if inside and largest >= 0 else None
+
+
+def _added_beside(folder: Path) -> Iterator[int]:
+    """The ids of tokens that other files add to those of tokenizer.json; at least -1."""
+    yield -1
+    ids = [
+        *_record(_record(folder / "tokenizer_config.json").get("added_tokens_decoder")),
+        *map(str, _record(folder / "added_tokens.json").values()),
+    ]
+    yield from (int(number) for number in ids if ID.fullmatch(number))
+
+
+def _record(found: object) -> Mapping[str, object]:
+    """A JSON object, or the one in a file; anything else is an empty one."""
+    if isinstance(found, Path):
+        try:
+            return common.read_json(found) if found.is_file() else {}
+        except CheckpointError:
+            return {}
+    return found if isinstance(found, dict) else {}

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from reshard.encodings import Encoding, decode, encode
+from reshard.encodings import Coded, Encoding, decode, encode
 from reshard.geometry import row_major
 from reshard.layout import StoredTensor
 from reshard.packing import Packed, packed
@@ -87,10 +87,10 @@ def runs_of(part: Part, buffer: Buffer) -> Iterator[tuple[int, memoryview]]:
         position += count * size
 
 
-def encoded(part: Part, room: memoryview) -> memoryview:
-    """The elements of a run as its file has them: coded in place where the tensor has a codec."""
+def encoded(part: Part, room: memoryview) -> Coded:
+    """The elements of a run as its file has them: coded in place where the tensor is."""
     encoding = part.stored.slot.encoding
-    return room if encoding is None else encode(encoding, room)
+    return Coded(room) if encoding is None else encode(encoding, room)
 
 
 def joined(runs: Iterable[Run]) -> Iterator[tuple[str, int, list[memoryview]]]:

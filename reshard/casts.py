@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from reshard.buffers import Buffer, Part
-from reshard.encodings import Encoding, spoilt
+from reshard.encodings import Coded
 
 # Elements that are looked at together, which bounds the memory of the copies made of them.
 STEP = 1 << 17
@@ -30,10 +30,10 @@ class Losses:
         _add(self.overflowed, stored.slot.parameter, overflowed)
         _add(self.vanished, stored.slot.parameter, vanished)
 
-    def count_coded(self, parameter: str, encoding: Encoding | None, coded: memoryview) -> None:
-        """Count the values of coded blocks whose scale overflowed."""
-        if encoding is not None:
-            _add(self.overflowed, parameter, spoilt(encoding, coded))
+    def count_coded(self, parameter: str, coded: Coded) -> None:
+        """Count what was lost by coding a run of a parameter."""
+        _add(self.overflowed, parameter, coded.overflowed)
+        _add(self.vanished, parameter, coded.vanished)
 
 
 def _add(counts: dict[str, int], parameter: str, count: int) -> None:

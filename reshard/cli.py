@@ -18,6 +18,7 @@ from reshard.distributed import Ranks, launched_rank
 from reshard.engine import least_memory
 from reshard.errors import ConfigError, PeerError, ReshardError
 from reshard.prepare import prepare
+from reshard.smallfiles import discard_scratch
 from reshard.storage import explained
 from reshard.topologies import near
 from reshard.watcher import report_failure
@@ -31,8 +32,8 @@ FLAGS = {
 VERBS = tuple(FLAGS)
 ELSEWHERE_SECONDS = 5.0
 DESCRIPTION = """\
-Reshards LLM checkpoints between Meta MP, Nanotron TPxPP, Hugging Face, FSDP and TorchTitan (DCP),
-bit for bit, in bounded memory.
+Reshards LLM checkpoints between Meta MP, Nanotron TPxPP, Hugging Face, FSDP and TorchTitan (DCP)
+and GGUF, bit for bit, in bounded memory.
 
   torchrun --nproc-per-node 8 -m reshard --src meta8 --dst tp4 src.path=DIR dst.path=DIR
   torchrun --nproc-per-node 2 -m reshard --src dcp --dst hf src.path=DIR src.assets=DIR dst.path=DIR
@@ -40,8 +41,8 @@ bit for bit, in bounded memory.
   python -m reshard inspect DIR
   python -m reshard verify DIR [OTHER]
 
-SPEC is a topology (meta8, tp4, tp4pp2, hf, fsdp8, titan8, or any of the kind with other numbers;
-dcp for a source that is fsdp or titan), a YAML file, or for a source a checkpoint's directory.
+SPEC is a topology (meta8, tp4, tp4pp2, hf, fsdp8, titan8, gguf, or one of the kind with other
+numbers; dcp for a source that is fsdp or titan), a YAML file, or a source's directory.
 KEY=VALUE sets any key of the configuration:
   src.path dst.path          directories of the checkpoints
   src.model                  a name in configs/models, or a config.json, where the source has none
@@ -151,10 +152,13 @@ def main(argv: Sequence[str]) -> int:
             ranks,
             secondary=False,
         )
+    finally:
+        discard_scratch()
 
 
 def _failed(message: str, code: int, ranks: Sequence[Ranks], *, secondary: bool) -> int:
     """Say what went wrong, once for all ranks."""
+    discard_scratch()  # a rank among several ends without coming back
     if ranks:
         ranks[0].fail(message, code, secondary=secondary)
     elif launched_rank() == 0:

@@ -9,15 +9,16 @@ import contextlib
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from itertools import chain
 from pathlib import Path
 
 from isal import isal_zlib
 
 from reshard import containers
-from reshard.containers import Skeleton, TensorSpec
+from reshard.containers import Blob, Skeleton, TensorSpec, pieces_of
 from reshard.errors import StorageError
 from reshard.formats import common
 from reshard.geometry import row_major
@@ -98,10 +99,17 @@ def lay_out(data: Path, layout: Layout, places: TargetPlaces, files: Iterable[st
             for key in skeleton.offsets
             if (file, key) in constants
         ]
-        chunks = [(start, bytes(chunk)) for start, chunk in skeleton.chunks]
-        create(data / file, skeleton.size, [*chunks, *filled])
-        written += sum(len(chunk) for _, chunk in [*chunks, *filled])
+        create(data / file, skeleton.size, chain(_pieces(skeleton), filled))
+        written += sum(len(chunk) for _, chunk in [*skeleton.chunks, *filled])
     return written
+
+
+def _pieces(skeleton: Skeleton) -> Iterator[tuple[int, bytes]]:
+    """The bytes of a file that are no tensor, each piece with its offset."""
+    for start, chunk in skeleton.chunks:
+        for piece in pieces_of(chunk):
+            yield start, piece
+            start += len(piece)
 
 
 def zero_crc(length: int) -> int:
@@ -170,14 +178,22 @@ def finish_file(
         )
     _patch(data / file, fields)
     for start, chunk in skeleton.chunks:
-        patched = bytearray(bytes(chunk))
-        for place, crc in fields.items():
-            if start <= place < start + len(chunk):
-                struct.pack_into("<I", patched, place - start, crc)
-        extents.append(Extent(start, len(chunk), "header", isal_zlib.crc32(patched)))
+        crc = _chunk_crc(chunk, {place - start: crc for place, crc in fields.items()})
+        extents.append(Extent(start, len(chunk), "header", crc))
     if fsync:
         sync(data / file)
     return sorted((extent for extent in extents if extent.length), key=lambda extent: extent.start)
+
+
+def _chunk_crc(chunk: bytes | Blob, fields: Mapping[int, int]) -> int:
+    """The checksum of a chunk with the checksum fields in it, by their offsets, filled."""
+    own = {place: crc for place, crc in fields.items() if 0 <= place < len(chunk)}
+    if not own or not isinstance(chunk, bytes):
+        return reduce(lambda crc, piece: isal_zlib.crc32(piece, crc), pieces_of(chunk), 0)
+    patched = bytearray(chunk)
+    for place, crc in own.items():
+        struct.pack_into("<I", patched, place, crc)
+    return isal_zlib.crc32(patched)
 
 
 def _patch(path: Path, fields: Mapping[int, int]) -> None:

@@ -31,6 +31,8 @@ from reshard.topologies import (
 )
 
 MAX_TIMEOUT = 1e7
+MAX_MULTIPLE = 1 << 20
+MAX_FACTOR = 1024.0
 TEXT_KEYS = frozenset(
     f"{side}.{key}"
     for side in ("src", "dst")
@@ -52,7 +54,6 @@ DTYPES = {
 }
 CODECS = (*ENCODINGS, *TOOL_ONLY)
 CHOICES = {
-    "dtype": (*DTYPES, *CODECS),
     "embedding_dim": ("auto", "0", "1"),
     "rope": ("auto", "interleaved", "half"),
     "keys": ("auto", "current", "older"),
@@ -301,9 +302,13 @@ def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
     """One side, its strings parsed."""
     for key, known in CHOICES.items():
         _one_of(f"{name}.{key}", getattr(config, key), known)
-    if config.vocab_multiple is not None and config.vocab_multiple < 1:
+    # GGUF files and tools spell them in capitals.
+    config = replace(config, dtype=config.dtype.lower())
+    if config.dtype not in TOOL_ONLY:
+        _one_of(f"{name}.dtype", config.dtype, (*DTYPES, *ENCODINGS))
+    if config.vocab_multiple is not None and not 1 <= config.vocab_multiple <= MAX_MULTIPLE:
         raise ConfigError(
-            f"{name}.vocab_multiple: {config.vocab_multiple} is not a positive number"
+            f"{name}.vocab_multiple: {config.vocab_multiple}, expected 1 to {MAX_MULTIPLE}"
         )
     mesh = config.mesh
     if mesh is not None and min(mesh.tp, mesh.pp, mesh.dp) < 1:
@@ -322,6 +327,10 @@ def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
     )
     if isinstance(config, SourceConfig):
         _one_of("src.version", config.version, ("auto", *VERSIONS))
+        if config.rope_factor is not None and not 1 < config.rope_factor <= MAX_FACTOR:
+            raise ConfigError(
+                f"src.rope_factor: {config.rope_factor:g}, expected a factor such as 8 or 32"
+            )
         assets = Path(config.assets).expanduser() if config.assets else None
         options = replace(
             options,

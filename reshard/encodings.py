@@ -59,6 +59,11 @@ TOOL_ONLY = (
     "q5_k_s",
     "q5_k_m",
     "q6_k",
+    "q3_k",
+    "q4_k",
+    "q5_k",
+    "iq4_nl",
+    "iq4_xs",
 )
 
 
@@ -83,17 +88,34 @@ def require_codecs() -> None:
     _codecs()
 
 
-def encode(encoding: Encoding, memory: memoryview) -> memoryview:
-    """Code the float32 values that fill `memory` in place; the bytes, which begin it."""
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Values as a file has them; `overflowed` and `vanished` count those that were lost.
+
+    These are the values of blocks whose scale is not finite, and what is not zero in blocks whose
+    scale is.
+    """
+
+    memory: memoryview
+    overflowed: int = 0
+    vanished: int = 0
+
+
+def encode(encoding: Encoding, memory: memoryview) -> Coded:
+    """Code the float32 values that fill `memory` in place; the bytes begin it."""
     values, codecs = np.frombuffer(memory, dtype=np.float32), _codecs()
-    kind, done = _kind(codecs, encoding), 0
+    kind, done, overflowed, vanished = _kind(codecs, encoding), 0, 0, 0
     for start in range(0, len(values), STEP):
-        # Scales that overflow are counted, see `spoilt`.
+        step = values[start : start + STEP]
         with np.errstate(over="ignore", invalid="ignore"):
-            coded = codecs.quants.quantize(values[start : start + STEP], kind).tobytes()
-        memory[done : done + len(coded)] = coded
-        done += len(coded)
-    return memory[:done]
+            coded = codecs.quants.quantize(step, kind).reshape(-1, encoding.nbytes)
+        scales = np.ascontiguousarray(coded[:, : encoding.scales]).view(np.float16)
+        overflowed += int((~np.isfinite(scales)).any(axis=1).sum()) * encoding.block
+        flat = (scales == 0).all(axis=1)
+        vanished += int(np.count_nonzero(step.reshape(-1, encoding.block)[flat]))
+        memory[done : done + coded.nbytes] = coded.tobytes()
+        done += coded.nbytes
+    return Coded(memory[:done], overflowed, vanished)
 
 
 def decode(encoding: Encoding, memory: memoryview) -> None:
@@ -108,13 +130,6 @@ def decode(encoding: Encoding, memory: memoryview) -> None:
             values[start:stop] = codecs.quants.dequantize(coded, kind)
 
 
-def spoilt(encoding: Encoding, coded: memoryview) -> int:
-    """How many values lie in blocks whose scale is not finite."""
-    blocks = np.frombuffer(coded, dtype=np.uint8).reshape(-1, encoding.nbytes)
-    scales = np.ascontiguousarray(blocks[:, : encoding.scales]).view(np.float16)
-    return int((~np.isfinite(scales)).any(axis=1).sum()) * encoding.block
-
-
 def _kind(codecs: ModuleType, encoding: Encoding) -> object:
     """The type as the package `gguf` names it."""
     return codecs.GGMLQuantizationType[encoding.name.upper()]
@@ -125,6 +140,4 @@ def _codecs() -> ModuleType:
     try:
         return importlib.import_module("gguf")
     except ImportError:
-        raise ConfigError(
-            "quantised tensors need the package gguf; pip install 'reshard[gguf]'"
-        ) from None
+        raise ConfigError("quantised tensors need the package gguf; pip install gguf") from None

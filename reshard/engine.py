@@ -139,7 +139,8 @@ class Engine:
         self._capacity = capacity
         self.counters = Counters()
         self.checks: list[Check] = []
-        self.losses = Losses()
+        # One for each thread that counts: what is read here, what is coded where it is written.
+        self.losses = Losses(), Losses()
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Go through all rounds; `progress` is called with the bytes of blocks that are done."""
@@ -220,7 +221,7 @@ class Engine:
         for place, move in enumerate(current.moves):
             own = current.parts(place, 0)
             for part in own:
-                self.losses.count(part, source, move.pieces[0][1].dtype)
+                self.losses[0].count(part, source, move.pieces[0][1].dtype)
             for rank, stored in move.pieces:
                 if rank != self._rank:
                     continue
@@ -295,11 +296,9 @@ class Engine:
         for piece in current.pieces:
             number = self._file_numbers[piece.stored.file]
             for offset, room in runs_of(piece, target):
-                view = encoded(piece, room)
-                self.losses.count_coded(
-                    piece.stored.slot.parameter, piece.stored.slot.encoding, view
-                )
-                crc = isal_zlib.crc32(view)
+                coded = encoded(piece, room)
+                self.losses[1].count_coded(piece.stored.slot.parameter, coded)
+                view, crc = coded.memory, isal_zlib.crc32(coded.memory)
                 if self._done.get(number, offset) == crc:
                     self.counters.resumed += view.nbytes
                     continue

@@ -44,7 +44,8 @@ def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], No
     capacity = ranks.together(lambda: round_bytes(config.engine.memory, plan))
     digest = job_digest(prepared, plan)
     workspace = replace(workspace, digest=digest)
-    ranks.agree("plan", f"{plan.digest(digest)} {capacity} {config.strict_replicas}")
+    agreed = (plan.digest(digest), capacity, config.strict_replicas, library_versions(plan))
+    ranks.agree("plan", repr(agreed))
     for line in prepared.notes if ranks.rank == 0 else ():
         say(line)
     return _Run(
@@ -132,14 +133,15 @@ class _Run:
             counters, checks, losses = self._run_rounds(places, records, done)
         counters.written += written
         ranks.barrier("moved")
-        warnings = [*self._compare(checks), *summary(ranks.gather(losses))]
+        lost = summary(found for part in ranks.gather(losses) for found in part)
+        warnings = [*self._compare(checks), *lost]
         for line in warnings if ranks.rank == 0 else ():
             self.say(f"warning: {line}")
         return counters, warnings
 
     def _run_rounds(
         self, places: commit.TargetPlaces, records: Journal, done: Table
-    ) -> tuple[Counters, list[Check], Losses]:
+    ) -> tuple[Counters, list[Check], tuple[Losses, ...]]:
         """Run this rank's rounds, and bring what it wrote to the disk of the machine it runs on."""
         ranks = self.ranks
         reading = Files(self.scan.root, os.O_RDONLY)
@@ -280,7 +282,7 @@ class _Run:
             "model": prepared.target_model.to_json(),
             "notes": list(prepared.notes),
             "left_behind": list(self.scan.left_behind),
-            "libraries": library_versions(),
+            "libraries": library_versions(self.plan),
             "files": {**records, **small},
         }
         listed = commit.manifest(body)
@@ -318,10 +320,12 @@ def _file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def library_versions() -> dict[str, str]:
+def library_versions(plan: Plan) -> dict[str, str]:
     """The versions of the program and of the libraries that shape its output."""
     found = {}
-    for name in ("reshard", "torch", "safetensors"):
+    slots = (*plan.source.slots, *plan.target.slots)
+    codecs = ("gguf", "numpy") if any(slot.encoding is not None for slot in slots) else ()
+    for name in ("reshard", "torch", "safetensors", *codecs):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

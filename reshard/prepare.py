@@ -54,7 +54,7 @@ class Prepared:
         """The small files that the target will have, and what will be missing."""
         record = self.target_model.to_json().get("config")
         config = record if isinstance(record, dict) else {}
-        names = (*self.made_files(), *self.small.facts.names)
+        names = (*self.made_files(), *self.small.facts.names, *self.small.facts.inside)
         return assets.readiness(names, self.target_format.NEEDED, config)
 
     def plan(self, world: int) -> Plan:
@@ -196,15 +196,21 @@ def _padding_note(model: Model, stored: Model) -> tuple[str, ...]:
 
 
 def _tokenizer_note(scan: Scan, model: Model) -> tuple[str, ...]:
-    """A warning where the embedding has other rows than the tokenizer of src.assets has tokens."""
+    """A warning where the embedding has fewer rows than the tokenizer has tokens.
+
+    Or other rows than that of src.assets has, which may be another model's.
+    """
     folder = scan.options.assets
-    tokens = assets.tokens_of(folder) if folder is not None else None
+    places = (scan.root, *scan.folders) if folder is None else (folder,)
+    tokens = assets.tokens_in(places) if isinstance(model, ModelConfig) else None
     if tokens is None or not isinstance(model, ModelConfig) or tokens == model.vocab:
+        return ()
+    if folder is None and tokens < model.vocab:
         return ()
     drop = "; src.vocab=tokenizer drops the others" if model.vocab > tokens else ""
     return (
-        f"warning: the embedding has {model.vocab} rows, but the tokenizer in src.assets knows "
-        f"{tokens} tokens{drop}",
+        f"warning: the embedding has {model.vocab} rows, but the tokenizer"
+        f"{' in src.assets' if folder is not None else ''} knows {tokens} tokens{drop}",
     )
 
 
@@ -280,6 +286,8 @@ def job_digest(prepared: Prepared, plan: Plan) -> str:
             status = os.stat(prepared.scan.root / file)
             record.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
         record.update(repr((prepared.made_files(), prepared.small.facts.digest)).encode())
+    # A header may hold what no stored tensor shows: theta, positions, ids.
+    record.update(repr(prepared.stored_model.to_json()).encode())
     strict = prepared.config.strict_replicas
     record.update(repr((CODE_VERSION, prepared.target.files, strict)).encode())
     return record.hexdigest()

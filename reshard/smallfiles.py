@@ -6,12 +6,13 @@ others learn what they must know for the plan: names, sizes, and a digest.
 
 import hashlib
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from reshard import assets, formats, tokenizers
+from reshard import assets, conversions, formats, tokenizers
 from reshard.containers import Blob
 from reshard.errors import CheckpointError
 from reshard.families import Model
@@ -19,9 +20,18 @@ from reshard.families.model import ModelConfig
 from reshard.formats import common
 from reshard.formats.options import Scan
 
-# What transformers can make a tokenizer of without converting anything.
-CONVERTED = (common.TOKENIZER_JSON, "vocab.json")
+# Beside any of these transformers reads tokenizer.model as it is, and a tokenizer.json made of that
+# alone would lack what they add.
+AS_IT_IS = (*tokenizers.HUGGINGFACE, "vocab.json", "added_tokens.json")
 T = TypeVar("T")
+
+_scratch: "weakref.WeakSet[tempfile.TemporaryDirectory[str]]" = weakref.WeakSet()
+
+
+def discard_scratch() -> None:
+    """Remove what was converted; for those who end this process at once, which then nobody does."""
+    for folder in list(_scratch):
+        folder.cleanup()
 
 
 class Meeting(Protocol):
@@ -34,6 +44,12 @@ class Meeting(Protocol):
 
     def gather(self, value: T) -> list[T]:
         """What every rank gave, by rank."""
+
+    def phase(self, name: str) -> None:
+        """Say what this rank does from here on."""
+
+    def step(self) -> None:
+        """Say that this rank has got on."""
 
 
 class Alone:
@@ -49,18 +65,26 @@ class Alone:
         """What the only rank gave."""
         return [value]
 
+    def phase(self, name: str) -> None:
+        """Nobody asks."""
+
+    def step(self) -> None:
+        """Nobody asks."""
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What every rank knows of the small files.
 
-    `tokenizer` are the number and the bytes of the key-values that a header holds of a tokenizer.
+    `tokenizer` are the number and the bytes of the key-values that a header holds of a tokenizer,
+    and `inside` what else than files the target has of small content: such key-values.
     """
 
     names: tuple[str, ...] = ()
     digest: str = ""
     tokenizer: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
 
 
 @dataclass
@@ -77,7 +101,11 @@ class SmallFiles:
 
     def folder(self) -> Path:
         """Where the first rank keeps what is converted; made when it is first asked for."""
-        self.scratch = self.scratch or tempfile.TemporaryDirectory(prefix="reshard-")
+        if self.scratch is None:
+            self.scratch = tempfile.TemporaryDirectory(
+                prefix="reshard-", ignore_cleanup_errors=True
+            )
+            _scratch.add(self.scratch)
         return Path(self.scratch.name)
 
     def header(self) -> tuple[int, Blob] | None:
@@ -94,49 +122,71 @@ def gather(scan: Scan, target: formats.Format, model: Model, meeting: Meeting) -
     found = SmallFiles()
 
     def work() -> Facts:
-        return _gathered(found, scan, target, model) if meeting.rank == 0 else Facts()
+        return _gathered(found, scan, target, model, meeting) if meeting.rank == 0 else Facts()
 
+    meeting.phase("tokenizer")
     found.facts = meeting.gather(meeting.together(work))[0]
+    meeting.phase("plan")
     return found
 
 
-def _gathered(found: SmallFiles, scan: Scan, target: formats.Format, model: Model) -> Facts:
-    """Gather on the first rank."""
+def _gathered(
+    found: SmallFiles, scan: Scan, target: formats.Format, model: Model, meeting: Meeting
+) -> Facts:
+    """Gather on the first rank; a tokenizer whose own fault it is that it is lost is warned of."""
     asked = (scan.options.assets,) if scan.options.assets is not None else ()
     folders = tuple(dict.fromkeys((*asked, scan.root, *scan.folders)))
     paths = assets.carried(folders, formats.asset_names(), target.ASSETS)
+    held = {name.removeprefix(f"{common.ASSETS}/"): path for name, path in paths.items()}
     header: tuple[int, int] | None = None
-    notes: tuple[str, ...] = ()
+    notes = _lacking(held, scan, target)
     if isinstance(model, ModelConfig):
-        held = {name.removeprefix(f"{common.ASSETS}/"): path for name, path in paths.items()}
         try:
-            if target.EMBEDS_TOKENIZER:
-                header, notes = _embedded(held, model, found.folder)
+            if target.EMBEDS_TOKENIZER and _has_tokenizer(held):
+                folder = found.folder()
+                header, notes = conversions.to_header(held, model, folder, meeting.step)
             elif common.TOKENIZER_JSON in target.ASSETS:
-                paths |= _converted(held, model, found.folder)
+                paths |= _converted(held, model, found.folder, meeting.step)
         except tokenizers.Unavailable as error:
             notes = (f"target: {error}",)
         except CheckpointError as error:
             notes = (f"warning: no tokenizer is made: {error}",)
     found.paths = paths = _out_of_the_way(paths, target)
-    facts = Facts(tuple(sorted(paths)), "", header, notes)
-    inside = [] if header is None else [("header", found.folder() / tokenizers.HEADER)]
-    return replace(facts, digest=_digest(header, [*sorted(paths.items()), *inside]))
+    written = [] if header is None else [("header", found.folder() / tokenizers.HEADER)]
+    return Facts(
+        tuple(sorted(paths)),
+        _digest(header, [*sorted(paths.items()), *written]),
+        header,
+        notes,
+        () if header is None else (tokenizers.KEYS,),
+    )
+
+
+def _has_tokenizer(held: Mapping[str, Path]) -> bool:
+    return any(name in held for name in common.TOKENIZERS)
+
+
+def _lacking(held: Mapping[str, Path], scan: Scan, target: formats.Format) -> tuple[str, ...]:
+    """What is to be said where there are no tokenizer files."""
+    if _has_tokenizer(held):
+        return ()
+    if scan.inside:
+        return (
+            "target: the tokenizer in the header of the source is not converted; src.assets=DIR "
+            "takes one from there",
+        )
+    if target.EMBEDS_TOKENIZER:
+        return ("target: the source has no tokenizer, so the header has no tokenizer.* keys",)
+    return ()
 
 
 def _out_of_the_way(paths: Mapping[str, Path], target: formats.Format) -> dict[str, Path]:
     """Put a tiktoken file where transformers does not take it for a sentencepiece model."""
     found, name = dict(paths), common.TOKENIZER_MODEL
-    if name in found and common.TOKENIZER_JSON in target.ASSETS and _is_tiktoken(found[name]):
+    plain = common.TOKENIZER_JSON in target.ASSETS
+    if plain and name in found and conversions.is_tiktoken(found[name]):
         found[f"{common.ASSETS}/{name}"] = found.pop(name)
     return found
-
-
-def _is_tiktoken(path: Path) -> bool:
-    try:
-        return tokenizers.kind_of(path) == tokenizers.TIKTOKEN
-    except CheckpointError:
-        return False
 
 
 def _digest(header: object, files: Sequence[tuple[str, Path]]) -> str:
@@ -150,29 +200,14 @@ def _digest(header: object, files: Sequence[tuple[str, Path]]) -> str:
 
 
 def _converted(
-    held: Mapping[str, Path], model: ModelConfig, room: Callable[[], Path]
+    held: Mapping[str, Path],
+    model: ModelConfig,
+    room: Callable[[], Path],
+    on_step: Callable[[], None],
 ) -> dict[str, Path]:
     """Tokenizer files as transformers reads them, of a source that has only the trained model."""
-    if common.TOKENIZER_MODEL not in held or any(name in held for name in CONVERTED):
+    if common.TOKENIZER_MODEL not in held or any(name in held for name in AS_IT_IS):
         return {}
     folder = room()
-    names = tokenizers.to_huggingface(held[common.TOKENIZER_MODEL], model, folder)
-    return {name: folder / name for name in names if name not in held}
-
-
-def _embedded(
-    held: Mapping[str, Path], model: ModelConfig, room: Callable[[], Path]
-) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
-    """The key-values of a tokenizer, written to `folder`; and what is to be said of them."""
-    if not any(name in held for name in common.TOKENIZERS):
-        return None, ("target: the source has no tokenizer, so the header has no tokenizer.* keys",)
-    folder = room()
-    staged = folder / "staged"
-    staged.mkdir()
-    for name, path in held.items():
-        (staged / name).symlink_to(path.resolve())
-    trained = staged / common.TOKENIZER_MODEL
-    if not any(name in held for name in CONVERTED) and _is_tiktoken(trained):
-        tokenizers.to_huggingface(trained, model, staged)
-        trained.unlink()
-    return tokenizers.to_header(staged, model.vocab, folder)
+    names = conversions.to_huggingface(held[common.TOKENIZER_MODEL], model, folder, on_step)
+    return {name: folder / name for name in names}

@@ -67,6 +67,11 @@ def open_source(side: Side, name: str = "src") -> Scan:
     """Scan a checkpoint that exists; its format is detected where the config does not say it."""
     if side.path is None:
         raise ConfigError(f"{name}.path: which checkpoint? give {name}.path=DIR")
+    if side.path.is_file():
+        raise ConfigError(
+            f"{name}.path: `{side.path}` is a file; give the directory that it is in"
+            + (f", and {name}.file={side.path.name}" if side.path.suffix == ".gguf" else "")
+        )
     if not side.path.is_dir():
         raise CheckpointError(f"`{side.path}`: no such directory ({name}.path)")
     if side.format is None:

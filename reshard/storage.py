@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from isal import isal_zlib
@@ -123,7 +123,7 @@ class Files:
                 rest[0] = rest[0][done:]
 
 
-def create(path: Path, size: int, chunks: Sequence[tuple[int, bytes]]) -> None:
+def create(path: Path, size: int, chunks: Iterable[tuple[int, bytes]]) -> None:
     """Make a file in its final size, `chunks` in place; an existing one keeps its other bytes."""
     with explained("create", path):
         path.parent.mkdir(parents=True, exist_ok=True)

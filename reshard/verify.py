@@ -17,7 +17,7 @@ from reshard.errors import CheckpointError, ConfigError, LayoutError, VerifyErro
 from reshard.families.model import Json
 from reshard.formats import common
 from reshard.formats.options import Options, Scan
-from reshard.layout import StoredTensor, check_same_parameters
+from reshard.layout import Layout, StoredTensor, check_same_parameters
 from reshard.packing import copies
 from reshard.plan import Plan
 from reshard.sources import without_padding
@@ -25,6 +25,11 @@ from reshard.storage import Files, crc32_of
 from reshard.units import size_text
 
 DIFFERENCES_SHOWN = 3
+# Of which dtypes a wider one holds every value.
+WIDENED = {
+    torch.float32: (torch.bfloat16, torch.float16),
+    torch.float64: (torch.bfloat16, torch.float16, torch.float32),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +171,22 @@ def against_other(one: Path, other: Path, options: Options, memory: int, ranks: 
         *_warning({copy for _, part in found for copy in part}),
         f"equal: {len(plan.names)} parameters, {total}: {one} ({first.layout.name}) "
         f"and {other} ({second.layout.name})",
+        *_widened(first.layout, second.layout),
+    ]
+
+
+def _widened(one: Layout, other: Layout) -> list[str]:
+    """One line on parameters that have a wider dtype on one side, if there are any."""
+    pairs = {
+        name: (slots[0].dtype, other.places[name][0].dtype) for name, slots in one.places.items()
+    }
+    names = [name for name, (ours, theirs) in pairs.items() if ours != theirs]
+    if not names:
+        return []
+    ours, theirs = (str(dtype).removeprefix("torch.") for dtype in pairs[names[0]])
+    return [
+        f"of these, {len(names)} have the same values in another dtype, first `{names[0]}`: {ours} "
+        f"against {theirs}"
     ]
 
 
@@ -272,24 +293,32 @@ def _difference(parameter: str, one: Side, other: Side) -> str | None:
 
 
 def _unequal(ours: Part, theirs: Part, here: Buffer, there: Buffer) -> str | None:
-    """The first element in which two parts differ where they meet, compared as bits."""
-    region, dtype = ours.stored.region & theirs.stored.region, ours.stored.dtype
+    """The first element in which two parts differ where they meet, compared as bits.
+
+    Where one dtype holds every value of the other, in the wider one.
+    """
+    region, dtypes = (
+        ours.stored.region & theirs.stored.region,
+        (ours.stored.dtype, theirs.stored.dtype),
+    )
     if region is None:
         return None
-    if dtype != theirs.stored.dtype:
-        return f": {dtype} against {theirs.stored.dtype}"
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    wide = max(dtypes, key=lambda dtype: dtype.itemsize)
+    if not all(dtype == wide or dtype in WIDENED.get(wide, ()) for dtype in dtypes):
+        return f": {dtypes[0]} against {dtypes[1]}"
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[wide.itemsize]
     for window in ours.packed.windows:
         box = window.region & region
         if box is None:
             continue
         for copy in copies(ours.packed, theirs.packed, box):
             first, strides = copy.source
-            one = here.view(bits).as_strided(copy.shape, strides, ours.element() + first)
+            one = here.view(dtypes[0]).as_strided(copy.shape, strides, ours.element() + first)
             first, strides = copy.target
-            other = there.view(bits).as_strided(copy.shape, strides, theirs.element() + first)
-            if not torch.equal(one, other):
-                place = tuple((one != other).nonzero()[0].tolist())
-                values = (side[place].clone().view(dtype).item() for side in (one, other))
+            other = there.view(dtypes[1]).as_strided(copy.shape, strides, theirs.element() + first)
+            pair = [side.to(wide).view(bits) for side in (one, other)]
+            if not torch.equal(*pair):
+                place = tuple((pair[0] != pair[1]).nonzero()[0].tolist())
+                values = (side[place].item() for side in (one, other))
                 return f" near {list(box.start)}: {next(values)!r} against {next(values)!r}"
     return None

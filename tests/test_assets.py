@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard import assets, formats
+from reshard import assets, formats, tokenizers
 from reshard.assets import carried, present, readiness, tokens_of
 from reshard.errors import StorageError
 from reshard.formats.options import Mesh, Options
@@ -157,7 +157,9 @@ def test_what_a_format_needs_is_made_or_carried_along(tmp_path, name):
     known = formats.asset_names()
     fill(tmp_path, *known)
     found = carried([tmp_path], known, target.ASSETS)
-    assert readiness((*found, *made), target.NEEDED, {"vision_config": {}}).missing == ()
+    inside = (tokenizers.KEYS,) if target.EMBEDS_TOKENIZER else ()
+    names = (*found, *made, *inside)
+    assert readiness(names, target.NEEDED, {"vision_config": {}}).missing == ()
 
 
 def test_present_files_are_named_by_their_place(tmp_path):
@@ -196,6 +198,26 @@ def test_present_files_are_named_by_their_place(tmp_path):
 def test_tokens_are_counted_up_to_the_last(tmp_path, record, expected):
     (tmp_path / "tokenizer.json").write_text(json.dumps(record))
     assert tokens_of(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"1": {}, "7": {}}}}, 8),
+        ({"added_tokens.json": {"<a>": 3, "<b>": 9}}, 10),
+        ({"tokenizer_config.json": {"added_tokens_decoder": ["8"]}}, 4),
+        ({"tokenizer_config.json": ["8"], "added_tokens.json": {"a": None, "b": "9" * 5000}}, 4),
+    ],
+)
+def test_tokens_that_are_added_beside_are_counted(tmp_path, beside, expected):
+    text = json.dumps({"model": {"vocab": {"a": 3}}})
+    for name, record in beside.items():
+        (tmp_path / name).write_text(json.dumps(record))
+    assert tokens_of(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text(text)
+    assert tokens_of(tmp_path) == expected
+    (tmp_path / "added_tokens.json").write_text("{")
+    assert tokens_of(tmp_path) is not None
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000])

@@ -274,6 +274,12 @@ def tensors_of(file: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> D
     return lambda source: rewrite(source / file, change)
 
 
+def without_layers(tensors: dict[str, torch.Tensor]) -> None:
+    """Leave what is in no layer."""
+    for key in [key for key in tensors if key.startswith("layers.")]:
+        del tensors[key]
+
+
 def hostile(file: str) -> Damage:
     """A pickle that asks for os.system, inside an otherwise good file."""
 
@@ -399,6 +405,34 @@ META = {
         r"params.json`: vocab_size is 99, .* 128",
     ),
     "norm_eps": (edit_json("params.json", norm_eps="small"), r"params.json`: norm_eps is 'small'"),
+    "rope_theta without bounds": (
+        edit_json("params.json", rope_theta=float("inf")),
+        r"params.json`: rope_theta is inf, expected a positive number",
+    ),
+    "norm_eps that is no number": (
+        edit_json("params.json", norm_eps=float("nan")),
+        r"params.json`: norm_eps is nan, expected a positive number",
+    ),
+    "a huge rope_theta": (
+        edit_json("params.json", rope_theta=10**400),
+        r"params.json`: rope_theta is 10+\.\.\.0+, expected a positive number",
+    ),
+    "a huge dim": (
+        edit_json("params.json", dim=10**400),
+        r"params.json`: dim is 10+\.\.\.0+, .* 64",
+    ),
+    "huge n_heads": (
+        edit_json("params.json", n_heads=10**400),
+        r"params.json`: n_heads is 10+\.\.\.",
+    ),
+    "no layers": (
+        tensors_of("consolidated.00.pth", without_layers),
+        r"consolidated.00.pth`: tensor `layers.0.attention.wq.weight` is missing; this is not a",
+    ),
+    "no width": (
+        tensors_of("consolidated.00.pth", replaced("norm.weight", lambda t: t[:0])),
+        r"params.json`: n_heads 16 does not divide the width 0 of norm.weight",
+    ),
     "no params.json": (remove("params.json"), r"params.json`: No such file"),
     "no JSON": (overwrite("params.json", '{"dim": 64,'), r"params.json`: not valid JSON"),
     "a JSON list": (overwrite("params.json", "[1, 2]"), r"params.json`: holds list, expected"),
@@ -472,6 +506,18 @@ HF = {
     "a config of another width": (
         edit_json("config.json", intermediate_size=160),
         r"tensor `\S+` is bfloat16 \[\d+, \d+\], expected bfloat16 \[\d+, \d+\]",
+    ),
+    "a config of a huge rotary base": (
+        edit_json("config.json", rope_theta=10**400),
+        r"`rope_theta` is 10+\.\.\.0+, which is no rope_theta",
+    ),
+    "a config of huge positions": (
+        edit_json("config.json", max_position_embeddings=10**400),
+        r"`max_positions` is 10+\.\.\.0+, which is no max_positions",
+    ),
+    "a config of a huge width": (
+        edit_json("config.json", hidden_size=10**400),
+        r"`hidden` is 10+\.\.\.0+, expected a positive int",
     ),
     "a config of another family": (
         edit_json("config.json", model_type="mamba"),
@@ -550,6 +596,16 @@ def test_a_damaged_source_is_refused(
     words = move(kind.replace("hf2", "hf"), source, target, tmp_path / "dst")
     refused(tmp_path, pattern, *words)
     assert not (tmp_path / "executed").exists(), "code of a checkpoint was run"
+
+
+def test_a_params_json_that_makes_no_model_is_refused(tmp_path: Path) -> None:
+    source, params = write("hf2", tmp_path / "src"), tmp_path / "params.json"
+    (source / "config.json").unlink()
+    sizes = '"dim": 64, "n_layers": 2, "n_heads": 16, "vocab_size": 128, "multiple_of": 16'
+    params.write_text(f'{{{sizes}, "ffn_dim_multiplier": 1e400}}')
+    words = move("hf", source, "tp2", tmp_path / "dst")
+    pattern = r"params.json`: ffn_dim_multiplier is inf, expected a positive number up to 1e\+30"
+    refused(tmp_path, pattern, *words, f"src.model={params}")
 
 
 def test_the_undamaged_sources_are_accepted(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_defaults_are_those_of_the_contract():
         ("src.mesh.tp=0", "src.mesh: tp=0 pp=1 dp=1: sizes begin at 1"),
         ("src.mesh.tp=two", "src.mesh.tp"),
         ("src.mesh=3", "src.mesh"),
-        ("dst.vocab_multiple=0", "dst.vocab_multiple: 0 is not a positive number"),
+        ("dst.vocab_multiple=0", "dst.vocab_multiple: 0, expected 1 to"),
         ("src.model=llama9", "src.model: `llama9` is neither a file nor a known model"),
         ("src.model=llama3-80b", "did you mean `llama3-"),
     ],
@@ -221,6 +221,36 @@ def test_wrong_values_are_refused_in_one_line(override, message):
         load("meta8", "hf", [override], None)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dst.dtype=q8_1", r"did you mean `q8_0`\?"),
+        ("dst.dtype=int4", "use one of keep, bfloat16, .*, q8_0$"),
+        ("dst.vocab_multiple=10000000", "expected 1 to"),
+        ("src.rope_factor=0", "expected a factor such as 8 or 32"),
+        ("src.rope_factor=-1", "expected a factor such as 8 or 32"),
+        ("src.rope_factor=nan", "expected a factor such as 8 or 32"),
+        ("src.version=4", "src.version: `4`"),
+        ("src.vocab=many", "src.vocab: `many` is neither"),
+    ],
+)
+def test_what_no_llama_and_no_file_has_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load("meta8", "gguf", [override], None)
+
+
+@pytest.mark.parametrize("spelt", ["q8_0", "Q8_0", "q4_k_m", "Q4_K_M", "IQ4_NL"])
+def test_codecs_are_named_as_tools_name_them(spelt):
+    assert target("gguf", f"dst.dtype={spelt}").options.encoding == spelt.lower()
+
+
+def test_a_file_in_place_of_a_directory_is_named(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    side = source("gguf", f"src.path={tmp_path / 'model.gguf'}")
+    with pytest.raises(ConfigError, match=r"is a file; give .*, and src.file=model.gguf"):
+        open_source(side)
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workspace": {"errors", "families", "formats", "storage"},
     "commit": {"containers", "errors", "formats", "geometry", "journal", "layout", "storage"},
     "replicas": {"checks", "containers", "errors", "geometry", "layout", "packing", "storage"},
-    "assets": {"formats", "storage"},
-    "tokenizers": {"errors", "families"},
-    "smallfiles": {"assets", "containers", "errors", "families", "formats", "tokenizers"},
+    "assets": {"errors", "formats", "storage"},
+    "tokenizers": {"errors"},
+    "conversions": {"errors", "families", "tokenizers"},
+    "smallfiles": {
+        "assets",
+        "containers",
+        "conversions",
+        "errors",
+        "families",
+        "formats",
+        "tokenizers",
+    },
     "sources": {"assets", "config", "errors", "families", "formats", "layout"},
     "prepare": {
         "assets",
@@ -127,6 +136,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "job",
         "prepare",
         "report",
+        "smallfiles",
         "storage",
         "topologies",
         "verify",
@@ -138,7 +148,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # with the modules that use it.
 SHARED_BY_FORMATS = {"common", "options"}
 HELPERS = {
-    "dcp": {"fsdp", "titan"},
+    "dcp": {"fsdp", "titan", "titan_mesh"},
     "foreign": {"__init__"},
     "gguf_files": {"gguf"},
     "gguf_keys": {"gguf"},
@@ -147,6 +157,7 @@ HELPERS = {
     "nanotron_files": {"nanotron"},
     "nanotron_tree": {"nanotron"},
     "sampling": {"meta"},
+    "titan_mesh": {"titan"},
     "weights": {"dcp", "fsdp", "hf", "statedict"},
 }
 # Of `formats`, modules below prepare see only what all formats share.

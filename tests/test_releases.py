@@ -1,5 +1,6 @@
 """Every release of Llama from Meta's directory: configs, bits and logits, against other judges."""
 
+import ast
 import hashlib
 import json
 import shutil
@@ -13,12 +14,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from reshard.errors import CheckpointError, ConfigError, ReshardError
-from reshard.families import releases
+from reshard import families
+from reshard.errors import CheckpointError, ConfigError, LayoutError, ReshardError
+from reshard.families.finding import Said, find, names_of
 from reshard.families.model import ModelConfig, from_hf, from_json
-from reshard.families.releases import RELEASES, Said, find, recognise
+from reshard.families.releases import RELEASES, recognise
+from reshard.formats import gguf_keys, meta_params
 from reshard.formats import meta as meta_format
-from reshard.formats import meta_params
 from reshard.formats.options import Mesh, Options
 from tests.oracles import forward, hf, meta
 from tests.oracles.compare import assert_same, assert_same_tensor
@@ -40,10 +42,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "3.2": {"rope_scaling": SCALED | {"factor": 32.0}, "tie_word_embeddings": True},
     "3.2-instruct": {"rope_scaling": SCALED | {"factor": 32.0}, "tie_word_embeddings": True},
     "3.3": {"rope_scaling": SCALED},
-    # its own rule, which takes 16384 for all of theta 1e6
-    "code": {},
 }
 # Published for base models too; the converter writes it for instruct variants alone.
+TIED = "tie_word_embeddings"
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 
 
@@ -110,6 +111,83 @@ def test_tensors_are_those_of_transformers_own_converter(name: str, places: Path
         assert not expected  # the converter casts to bfloat16
         expected = {key: digest(value) for key, value in model_of(TINY[name]).tensors.items()}
     assert {key: digest(value) for key, value in found.items()} == expected
+
+
+# Configs as they stand in the repositories on the hub, typed by hand, with Meta's params.json; and
+# the tiny model that is of the same release.
+HUB = {
+    "Llama-2-7b": "2",
+    "CodeLlama-7b": "code",
+    "Llama-3-8B": "3",
+    "Llama-3-8B-Instruct": "3-instruct",
+    "Llama-3.1-8B": "3.1",
+    "Llama-3.1-8B-Instruct": "3.1-instruct",
+    "Llama-3.2-1B": "3.2",
+    "Llama-3.2-1B-Instruct": "3.2-instruct",
+    "Llama-3.2-3B": "3.2",
+    "Llama-3.3-70B-Instruct": "3.3",
+}
+HUB_SIZES = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+)
+# Where ours is not what is published: the name, the key, both values.
+DIFFERS = {
+    # published in float16; Meta's files, whose dtype is kept, are of bfloat16
+    ("Llama-2-7b", "torch_dtype"): ("float16", "bfloat16"),
+    # one id where generation_config.json has both, which is what generating stops at; ours are both
+    ("Llama-3-8B-Instruct", "eos_token_id"): (128009, [128001, 128009]),
+    # a limit of the hub's examples, and no fact of the model
+    ("Llama-3-8B", "max_length"): (4096, None),
+    ("Llama-3-8B-Instruct", "max_length"): (4096, None),
+}
+
+
+def test_every_published_golden_is_compared() -> None:
+    names = {path.stem.removeprefix("published-") for path in GOLDENS.glob("published-*.json")}
+    assert names == set(HUB)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_facts_of_a_release_are_those_on_the_hub(name: str, places: Path) -> None:
+    """All that the published files have but the sizes, with the default of the base of old."""
+    published = read(GOLDENS / f"published-{name}.json")
+    folder = places / "hf" / HUB[name]
+    differing = {}
+    for file in ("config", "generation_config"):
+        found = read(folder / f"{file}.json")
+        for key, value in published.get(file, {}).items():
+            if key not in (*HUB_SIZES, "_from_model_config") and found.get(key) != value:
+                differing[name, key] = (value, found.get(key))
+    assert differing == {at: values for at, values in DIFFERS.items() if at[0] == name}
+    assert read(folder / "config.json")["rope_theta"] == (
+        published["config"].get("rope_theta", 10000.0)
+    )
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_params_json_alone_makes_the_config_on_the_hub(name: str, tmp_path: Path) -> None:
+    published = read(GOLDENS / f"published-{name}.json")
+    params, expected = published["params"], published["config"]
+    if params["vocab_size"] == -1:  # Llama 2 leaves it to the tokenizer
+        params["vocab_size"] = expected["vocab_size"]
+    file = tmp_path / name / "params.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(params))
+    model = meta_params.imagine(file)
+    found = families.to_hf(model)
+    # Only the tensors tell these.
+    known = {key: value for key, value in expected.items() if key not in ("torch_dtype", TIED)}
+    known |= {key: ours for (at, key), (_, ours) in DIFFERS.items() if at == name and key in known}
+    assert {key: found.get(key) for key in known} == known
+    again = recognise(model)
+    assert again is not None
+    told = {"3.3": "3.1"}.get(TINY[HUB[name]].version, TINY[HUB[name]].version)
+    assert (again[0].version, again[1]) == (told, TINY[HUB[name]].instruct)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -310,10 +388,34 @@ def test_what_contradicts_the_files_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_llama_3_scaling_is_told_in_either_spelling(key: str) -> None:
+    scaling = {name: value for name, value in LLAMA3_SCALING.items() if name != "rope_type"}
+    model = replace(sized("Llama3.1-8B")[0], rope_scaling={key: "llama3", **scaling})
+    again = recognise(model)
+    assert again is not None
+    assert again[0].version == "3.1"
+    meta_params.require_said(model, "meta1")
+    assert meta_params.write(model, 1)["use_scaled_rope"] is True
+    factors = gguf_keys.rope_factors(model)
+    assert factors is not None
+    assert factors.max() == 8
+
+
+def test_the_newer_spelling_goes_before_the_older() -> None:
+    scaling = LLAMA3_SCALING | {"rope_type": "linear", "type": "llama3"}
+    model = replace(sized("Llama3.1-8B")[0], rope_scaling=scaling)
+    assert recognise(model) is None
+    assert "use_scaled_rope" not in meta_params.write(model, 1)
+    assert gguf_keys.rope_factors(model) is None
+    with pytest.raises(LayoutError, match=r"meta1: rope_scaling .* cannot be said in params.json"):
+        meta_params.require_said(model, "meta1")
+
+
 def test_names_are_those_of_the_directory_and_around_original() -> None:
-    names = releases.names_of(Path("/x/Llama-3.1-405B-Instruct/original/mp16"))
+    names = names_of(Path("/x/Llama-3.1-405B-Instruct/original/mp16"))
     assert names == ("mp16", "original", "Llama-3.1-405B-Instruct")
-    assert releases.names_of(Path("/x/chat/weights")) == ("weights",)
+    assert names_of(Path("/x/chat/weights")) == ("weights",)
 
 
 @pytest.mark.parametrize("name", ["chatty", "instructions", "llama-7b", "Llama", "x-llama-4"])
@@ -391,9 +493,40 @@ def test_the_tokenizer_may_lie_one_level_up(beside: bool, tmp_path: Path) -> Non
     assert scan.folders == (() if beside else (tmp_path / "llama",))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "params.json"])
+def test_a_file_s_name_is_spelled_once(name: str) -> None:
+    nodes = [
+        node
+        for path in Path(meta_format.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    assert sum(isinstance(node, ast.Constant) and node.value == name for node in nodes) == 1
+
+
 def edited(path: Path, **changes: object) -> None:
     params = path / "params.json"
     params.write_text(json.dumps(read(params) | changes))
+
+
+HUGE = 10**400
+RULE = {"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 128, "multiple_of": 32}
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN", "1e400", str(HUGE), "true", "0"])
+@pytest.mark.parametrize("key", ["ffn_dim_multiplier", "rope_theta", "norm_eps", *RULE])
+def test_numbers_without_bounds_are_refused(key: str, value: str, tmp_path: Path) -> None:
+    record = json.dumps(RULE | {key: "@"}).replace('"@"', value)
+    (tmp_path / "params.json").write_text(record)
+    with pytest.raises(CheckpointError, match=rf"params.json`: {key} is ") as caught:
+        meta_params.imagine(tmp_path / "params.json")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200 + len(str(tmp_path))
+
+
+def test_the_widest_number_makes_no_model(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps(RULE | {"ffn_dim_multiplier": 1e30}))
+    with pytest.raises(ConfigError, match=r"`intermediate` is .*, expected a positive int up to"):
+        meta_params.imagine(tmp_path / "params.json")
 
 
 def with_tensor(path: Path, key: str, tensor: torch.Tensor) -> None:

@@ -17,11 +17,12 @@ import transformers
 from sentencepiece import SentencePieceProcessor
 
 from reshard import tokenizers
-from reshard.errors import CheckpointError
+from reshard.conversions import to_header, to_huggingface
+from reshard.errors import CheckpointError, StorageError
 from reshard.families.model import ModelConfig
 from reshard.families.prompts import SPECIALS_3, SPECIALS_3_1
 from reshard.families.releases import ROPE_SCALING
-from reshard.tokenizers import Unavailable, kind_of, to_huggingface
+from reshard.tokenizers import Unavailable, child, kind_of
 from tests.oracles.texts import PATTERN, texts, write_sentencepiece, write_tiktoken
 from tests.real.conversations import CONVERSATIONS, MERGES, SEED, TEXTS, messages
 
@@ -339,7 +340,7 @@ def test_kinds_are_told_by_what_is_inside(
         (tmp_path / "x").write_bytes(data)
         with pytest.raises(CheckpointError, match=r"x`: neither the lines of a tiktoken file nor"):
             kind_of(tmp_path / "x")
-    with pytest.raises(CheckpointError, match="No such file"):
+    with pytest.raises(StorageError, match="No such file"):
         kind_of(tmp_path / "y")
 
 
@@ -347,6 +348,8 @@ def spoilt(data: bytes, kind: str) -> bytes:
     """A file that begins well."""
     if kind == "half a line":
         return data[: len(data) // 2] + b"?"
+    if kind == "a long token":
+        return data + base64.b64encode(b"x" * 1025) + b" 456\n"
     if kind == "a gap":
         return b"".join(line for n, line in enumerate(data.splitlines(True)) if n != 300)
     return data[: len(data) // 2]
@@ -357,6 +360,7 @@ def spoilt(data: bytes, kind: str) -> bytes:
     [
         ("small", "half a line", r"not a tiktoken file that can be read \(.*\); complete"),
         ("small", "a gap", r"the ranks of 455 tokens are not 0 to 454; complete"),
+        ("small", "a long token", r"a token of 1025 bytes, expected 1024 at most; complete"),
         ("pieces", "half", r"not a sentencepiece file that can be read \(.*\); complete"),
     ],
 )
@@ -369,7 +373,8 @@ def test_a_broken_file_is_refused_in_one_line(
     with pytest.raises(CheckpointError, match=message) as caught:
         to_huggingface(tmp_path / "tokenizer.model", model, tmp_path)
     assert "\n" not in str(caught.value)
-    assert "tokenizer.model`: " in str(caught.value)
+    assert str(caught.value).startswith("`tokenizer.model`: ")  # whose place is not told
+    assert str(tmp_path) not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -403,27 +408,65 @@ def test_a_tiktoken_file_of_no_llama_3_is_left_out(small: tuple[Path, int], tmp_
         to_huggingface(small[0], model, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "lacking", "expected"),
+    [
+        ("tiktoken", {"tiktoken"}, r"tokenizer.json is left out: it needs tiktoken; .* tiktoken$"),
+        ("tiktoken", {"gguf"}, r"the tokenizer in the header is .* needs gguf; .* gguf$"),
+        (
+            "tiktoken",
+            {"tiktoken", "gguf"},
+            r"the tokenizer in the header is left out: it needs tiktoken and gguf; "
+            r"pip install tiktoken gguf$",
+        ),
+        ("sentencepiece", {"protobuf"}, r"in the header .* needs protobuf; .* protobuf$"),
+    ],
+)
 def test_what_is_not_installed_is_named_and_how_to_get_it(
-    small: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: str,
+    lacking: set[str],
+    expected: str,
+    small: tuple[Path, int],
+    pieces: tuple[Path, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    task = tokenizers.TASKS["tiktoken"]
-    without = {"tiktoken": replace(task, packages=("transformers", "no-such-thing"))}
-    monkeypatch.setattr(tokenizers, "TASKS", without)
-    expected = (
-        "tokenizer.json is left out: it needs transformers and no-such-thing; "
-        "pip install 'reshard[hf]'"
-    )
-    with pytest.raises(Unavailable) as caught:
-        to_huggingface(small[0], llama_3(small[1]), tmp_path)
-    assert str(caught.value) == expected
+    monkeypatch.setattr(child, "_is_missing", lacking.__contains__)
+    file, count = small if files == "tiktoken" else pieces
+    model = llama_3(count) if files == "tiktoken" else llama_2(count)
+
+    def convert() -> object:
+        if lacking == {"tiktoken"}:
+            return to_huggingface(file, model, tmp_path)
+        return to_header({file.name: file}, model, tmp_path)
+
+    with pytest.raises(Unavailable, match=expected):
+        convert()
+
+
+def test_a_tokenizer_json_goes_into_a_header_without_the_package_of_sentencepiece(
+    pieces: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "_is_missing", {"sentencepiece", "protobuf"}.__contains__)
+    started: list[str] = []
+
+    def run_child(task: str, arguments: dict[str, Any], folder: Path, *others: object) -> None:
+        started.append(task)
+        assert sorted(os.listdir(arguments["folder"])) == ["tokenizer.json", "tokenizer.model"]
+        (folder / "tokenizer.kv").write_bytes(b"keys")
+        (folder / "result.json").write_text('{"count": 1, "notes": []}')
+
+    monkeypatch.setattr(child, "run_child", run_child)
+    held = dict.fromkeys(("tokenizer.json", "tokenizer.model"), pieces[0])
+    assert to_header(held, llama_2(pieces[1]), tmp_path) == ((1, 4), ())
+    assert started == ["header"]
 
 
 def test_what_cannot_be_imported_is_named_too(
     small: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiktoken.py").write_text("import no_such_thing\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(Unavailable, match=r"tokenizer.json is left out: .*'no_such_thing'"):
         to_huggingface(small[0], llama_3(small[1]), tmp_path)
 
@@ -432,9 +475,8 @@ def test_a_process_that_dies_is_told_in_one_line(
     small: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiktoken.py").write_text("import os; os.write(2, b'no more'); os._exit(9)\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"failed \(exit code 9\): no more$"):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(StorageError, match=r"json failed \(exit code 9\): no more; try again, or"):
         to_huggingface(small[0], llama_3(small[1]), tmp_path)
 
 

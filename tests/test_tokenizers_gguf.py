@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from reshard.containers import gguffile
+from reshard.containers import gguffile, pieces_of
 from reshard.errors import CheckpointError
 
 gguf = pytest.importorskip("gguf")
@@ -102,15 +102,14 @@ def llama3(folder: Path) -> tuple[Path, Tokenizer]:
     template = processors.TemplateProcessing(f"{bos[0]} $A", f"{bos[0]} $A $B", [bos])
     made.post_processor = processors.Sequence([processors.ByteLevel(), template])
     save(folder, made, bos_token=SPECIALS[0], eos_token={"content": SPECIALS[3]})
-    (folder / "config.json").write_text(json.dumps({"eos_token_id": [321, 323]}))
     return folder, made
 
 
-def converted(folder: Path, rows: int) -> tuple[dict[str, object], list[str]]:
+def converted(folder: Path, rows: int, **ids: int) -> tuple[dict[str, object], list[str]]:
     """The keys that were made of a directory, as gguf-py reads them, and the notes."""
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    task.run({"folder": str(folder), "vocab": rows}, out)
+    task.run({"folder": str(folder), "vocab": rows, "ids": ids}, out)
     result = json.loads((out / "result.json").read_text())
     keys = (out / "tokenizer.kv").read_bytes()
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, result["count"])
@@ -233,11 +232,10 @@ def test_a_special_token_is_found_wherever_it_is_said(tmp_path, end):
         save(tmp_path, byte_level(split(QWEN2)), eos_token=SPECIALS[1])
     elif end == "special_tokens_map":
         (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": SPECIALS[1]}))
-    elif end == "model":
-        (tmp_path / "config.json").write_text('{"eos_token_id": 321}')
-    else:
+    elif end == "generation":
         (tmp_path / "generation_config.json").write_text('{"eos_token_id": [321, 323]}')
-    assert converted(tmp_path, 324)[0]["eos_token_id"] == 321
+    ids = {"config": {"eos": 322}, "special_tokens_map": {"eos": 322}, "model": {"eos": 321}}
+    assert converted(tmp_path, 324, **ids.get(end, {}))[0]["eos_token_id"] == 321
 
 
 def test_a_flag_of_the_config_stands_over_the_template(tmp_path):
@@ -283,12 +281,14 @@ def test_transformers_reads_the_same_ids_from_a_file_with_our_keys(tmp_path):
     transformers = pytest.importorskip("transformers")
     made = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), specials=["<|endoftext|>"])
     save(tmp_path, made, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
-    task.run({"folder": str(tmp_path), "vocab": 321}, tmp_path)
+    task.run({"folder": str(tmp_path), "vocab": 321, "ids": {}}, tmp_path)
     count = json.loads((tmp_path / "result.json").read_text())["count"]
     fields = gguffile.Fields(count, (tmp_path / "tokenizer.kv").read_bytes())
     arch = gguffile.Value("string", "llama")
     laid_out = gguffile.skeleton([], {"general.architecture": arch, "": fields})
-    (tmp_path / "m.gguf").write_bytes(b"".join(bytes(chunk) for _, chunk in laid_out.chunks))
+    (tmp_path / "m.gguf").write_bytes(
+        b"".join(piece for _, chunk in laid_out.chunks for piece in pieces_of(chunk))
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     for text in STRINGS:
         assert theirs.encode(text, add_special_tokens=False) == made.encode(text).ids
@@ -450,12 +450,27 @@ def test_a_sentencepiece_model_that_normalises_is_noted(tmp_path):
 # --- what is refused
 
 
-def refusal(folder: Path, rows: int = 324) -> str:
+def refusal(folder: Path, rows: int = 324, **ids: int) -> str:
     with pytest.raises(CheckpointError) as caught:
-        converted(folder, rows)
+        converted(folder, rows, **ids)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith((f"`{folder}", "tokenizer: "))
+    assert str(folder) not in str(caught.value)
     return str(caught.value)
+
+
+def test_pieces_of_another_model_are_refused(tmp_path, pieces):
+    (tmp_path / "tokenizer.model").write_bytes(pieces)
+    found, _ = converted(tmp_path, 600, bos=1)
+    assert found["bos_token_id"] == 1
+    assert "its bos is 1, but the model's is 128000" in refusal(tmp_path, 600, bos=128000)
+
+
+def test_a_vocabulary_that_is_no_table_is_refused(tmp_path):
+    folder, _ = llama3(tmp_path)
+    record = json.loads((folder / "tokenizer.json").read_text())
+    record["model"]["vocab"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(record))
+    assert "tokenizer.json: its vocabulary is empty" in refusal(folder)
 
 
 def test_more_tokens_than_rows_are_refused(tmp_path):
@@ -489,7 +504,7 @@ BAD_FILES = {
         {"tokenizer.json": '{"model": {"type": "BPE", "vocab": {"a": "0"}}}'},
         "its vocabulary is no map from texts to ids of their own",
     ),
-    "no merges": ({"vocab.json": '{"a": 0}'}, "merges.txt`: cannot be read"),
+    "no merges": ({"vocab.json": '{"a": 0}'}, "merges.txt`: missing beside vocab.json"),
     "no sentencepiece": (
         {"tokenizer.model": "IQ== 0\n"},
         "tokenizer.model`: no sentencepiece model",
@@ -526,7 +541,7 @@ def test_no_torch_is_needed(tmp_path, pieces):
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path\n"
         "from reshard.tokenizers import gguf\n"
-        "gguf.run({'folder': sys.argv[1], 'vocab': 340}, Path(sys.argv[1]))\n"
+        "gguf.run({'folder': sys.argv[1], 'vocab': 340, 'ids': {}}, Path(sys.argv[1]))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})

@@ -13,7 +13,7 @@ and, where the index of a file depends on another one in the same directory,
 import importlib
 import pkgutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from reshard.encodings import Encoding
 from reshard.errors import CheckpointError
 
 Version = tuple[int, int, int]
+PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +77,22 @@ class Blob:
     def __len__(self) -> int:
         return self._size
 
-    def __bytes__(self) -> bytes:
-        data = self._path.read_bytes()
-        if len(data) != self._size:
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes, in pieces."""
+        left = self._size
+        with self._path.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                left -= len(piece)
+                yield piece
+        if left:
             raise CheckpointError(
-                f"`{self._path}`: {len(data)} bytes, expected {self._size}: changed meanwhile"
+                f"`{self._path}`: {self._size - left} bytes, expected {self._size}: was changed"
             )
-        return data
+
+
+def pieces_of(chunk: bytes | Blob) -> Iterator[bytes]:
+    """The bytes of a chunk of a file, in pieces."""
+    yield from (chunk,) if isinstance(chunk, bytes) else chunk.pieces()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +129,7 @@ def index(container: str, root: Path, file: str) -> FileIndex:
     """
     now = version(root / file)
     if now is None:
-        raise CheckpointError(f"`{root / file}`: no such file")
+        raise CheckpointError(f"`{root / file}`: no such file, or no plain one")
     beside: str | None = getattr(_modules()[container], "BESIDE", None)
     return _index(container, root, file, (now, version(root / beside) if beside else None))
 

@@ -23,6 +23,7 @@ from reshard.containers import (
     TensorSpec,
     Version,
     dcpmetadata,
+    pieces_of,
     tensorpickle,
     torchzip,
     version,
@@ -117,7 +118,7 @@ def _append(
     runs: list[tuple[int, bytearray]], position: int, gap: bytes, item: Skeleton, key: str
 ) -> None:
     """Add the bytes before and behind an item's elements; the first go on where a run ends."""
-    chunks = [(offset, bytes(chunk)) for offset, chunk in item.chunks]
+    chunks = [(offset, piece) for offset, chunk in item.chunks for piece in pieces_of(chunk)]
     before = gap, *(chunk for offset, chunk in chunks if offset < item.offsets[key])
     behind = [(offset, chunk) for offset, chunk in chunks if offset >= item.offsets[key]]
     if not runs:

@@ -1,6 +1,6 @@
 """The canonical model config: the sizes and facts of a model, whatever format it was read from."""
 
-import math
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
@@ -9,7 +9,7 @@ from reshard.errors import ConfigError
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
-MAX_LAYERS, MAX_SIZE = 10_000, 1 << 31
+MAX_LAYERS, MAX_SIZE, MAX_NUMBER = 10_000, 1 << 31, 1e30
 KINDS: Mapping[str, type | tuple[type, ...]] = {
     "tied": bool,
     "attention_bias": bool,
@@ -83,13 +83,17 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
                 raise ConfigError(
-                    f"model config: `{name}` is {value!r}, expected a positive int up to {limit}"
+                    f"model config: `{name}` is {reprlib.repr(value)}, expected a positive int up "
+                    f"to {limit}"
                 )
         for name, kind in KINDS.items():
             value = getattr(self, name)
             known = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if not known or not math.isfinite(value):
-                raise ConfigError(f"model config: `{name}` is {value!r}, which is no {name}")
+            # Comparing is exact for ints of any size, and false for nan.
+            if not known or not abs(value) <= MAX_NUMBER:
+                raise ConfigError(
+                    f"model config: `{name}` is {reprlib.repr(value)}, which is no {name}"
+                )
         if self.dtype not in DTYPES:
             raise ConfigError(
                 f"model config: dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}"
@@ -111,6 +115,14 @@ class ModelConfig:
             f"{self.kv_heads} key-value heads, feed-forward {self.intermediate}, "
             f"vocabulary {self.vocab}"
         )
+
+
+def scaling_type(model: ModelConfig) -> str | None:
+    """The kind of a model's rotary scaling, in either spelling of config.json."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        return None
+    return str(scaling.get("rope_type") or scaling.get("type"))
 
 
 def from_json(record: Mapping[str, Json]) -> ModelConfig:

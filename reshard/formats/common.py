@@ -1,6 +1,7 @@
 """What all formats share: reading small files safely, and comparing headers with a layout."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,11 +22,12 @@ MAX_TEXT_BYTES = 64 << 20
 MANIFEST = "reshard.json"
 CONFIG = "config.json"
 ASSETS = "assets"
+TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 # What transformers reads beside the weights.
 TRANSFORMERS_ASSETS = (
-    "tokenizer.json",
+    TOKENIZER_JSON,
     "tokenizer_config.json",
-    "tokenizer.model",
+    TOKENIZER_MODEL,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -36,7 +38,6 @@ TRANSFORMERS_ASSETS = (
     "processor_config.json",
     "generation_config.json",
 )
-TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL, "vocab.json")
 PROBLEMS_SHOWN = 3
 
@@ -214,11 +215,8 @@ def dominant_dtype(dtypes: Iterable[torch.dtype]) -> str:
 
 def divisors(*numbers: int) -> list[int]:
     """All common divisors."""
-    return [
-        value
-        for value in range(1, min(numbers) + 1)
-        if all(number % value == 0 for number in numbers)
-    ]
+    largest = math.gcd(*numbers)
+    return [value for value in range(1, largest + 1) if largest % value == 0]
 
 
 def require_plain_heads(model: ModelConfig, name: str) -> None:
@@ -252,13 +250,8 @@ def check_headers(scan: Scan, files: Iterable[str]) -> None:
     """Refuse files whose headers do not hold exactly the stored tensors of the layout."""
     problems = [problem for file in files for problem in _problems(scan, file)]
     if problems:
-        shown = "; ".join(problems[:PROBLEMS_SHOWN])
-        more = (
-            f" (and {len(problems) - PROBLEMS_SHOWN} more)"
-            if len(problems) > PROBLEMS_SHOWN
-            else ""
-        )
-        raise CheckpointError(shown + more)
+        shown, left = "; ".join(problems[:PROBLEMS_SHOWN]), len(problems) - PROBLEMS_SHOWN
+        raise CheckpointError(f"{shown} (and {left} more)" if left > 0 else shown)
 
 
 def _problems(scan: Scan, file: str) -> list[str]:

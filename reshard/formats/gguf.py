@@ -27,7 +27,7 @@ NAME = "gguf"
 FAMILIES = tuple(gguf_keys.ARCHITECTURES)
 FALLBACK = True
 TOKENIZER = "tokenizer.ggml"
-NEEDED = {"tokenizer": (*common.TOKENIZERS, TOKENIZER)}
+NEEDED = {"tokenizer": (TOKENIZER,)}
 EMBEDS_TOKENIZER = True
 SOURCE_KEYS = ("file",)
 CONTAINER = "gguffile"
@@ -170,68 +170,71 @@ def scan(path: Path, options: Options) -> Scan:
     if options.mesh not in (None, Mesh()):
         raise LayoutError(f"gguf: a GGUF file has no mesh, found {options.mesh}")
     files = gguf_files.chosen(path, options.file)
-    first = containers.index(CONTAINER, path, files[0])
-    held = {
-        key: _Held(file, entry)
-        for file in files
-        for key, entry in containers.index(CONTAINER, path, file).entries.items()
-    }
-    embedding = held.get(KEYS["embedding"])
-    if embedding is None or len(embedding.entry.shape) != 2:
-        raise CheckpointError(
-            f"`{path / files[0]}`: tensor `{KEYS['embedding']}` is missing or no matrix"
-        )
-    described = gguf_keys.Header(path / files[0], first.metadata).model(
-        embedding.entry.shape[0],
-        tied=KEYS["output"] not in held,
-        biased=_key("attention.o.bias", 0) in held,
-    )
-    sizes = (described.hidden, described.layers, described.heads)
-    known, assumed = common.config_for(path, options, sizes, gguf_keys.families(described))
-    if known is None:
-        model = _scaled(path, described, held.get(ROPE_FACTORS))
-    else:
-        model = _agreeing(path, known, described)
+    held, metadata = _held(path, files), containers.index(CONTAINER, path, files[0]).metadata
+    model, assumed = _model(path, path / files[0], options, metadata, held)
     expected = parameters_of(model)
     where = _found(path, expected, held)
     matrices = [where[item.name].entry for item in expected if len(item.shape) > 1]
     model = replace(model, dtype=common.dominant_dtype(entry.dtype for entry in matrices))
-    stored = common.with_stored_dtypes(
-        expected, {name: found.entry.dtype for name, found in where.items()}
-    )
+    dtypes = {name: found.entry.dtype for name, found in where.items()}
     plain = replace(options, mesh=Mesh(), encoding=None, tokenizer=None)
-    laid_out = replace(layout(expected, model, plain), constants=())
-    slots = tuple(
-        replace(
-            slot,
-            file=_literal(where[slot.parameter].file),
-            dtype=where[slot.parameter].entry.dtype,
-            encoding=where[slot.parameter].entry.encoding,
-        )
-        for slot in laid_out.slots
-    )
+    made = replace(layout(expected, model, plain), name=f"gguf {_name_of(matrices)}", constants=())
     return Scan(
         NAME,
         model,
-        stored,
-        replace(laid_out, name=f"gguf {_name_of(matrices)}", slots=slots),
+        common.with_stored_dtypes(expected, dtypes),
+        replace(made, slots=tuple(_as_held(slot, where[slot.parameter]) for slot in made.slots)),
         path,
         plain,
         (*assumed, *_said_of([found.entry for found in where.values()])),
         ignored=lambda key: key == ROPE_FACTORS,
-        inside=(TOKENIZER,) if f"{TOKENIZER}.tokens" in first.metadata else (),
+        inside=(TOKENIZER,) if f"{TOKENIZER}.tokens" in metadata else (),
     )
 
 
-def _agreeing(path: Path, known: ModelConfig, described: ModelConfig) -> ModelConfig:
-    """A config from elsewhere, which must have the file's sizes."""
-    for name in ("kv_heads", "head_dim", "intermediate"):
-        if getattr(known, name) != getattr(described, name):
-            raise CheckpointError(
-                f"`{path}`: {name} is {getattr(described, name)}, but the config of the model "
-                f"has {getattr(known, name)}"
-            )
-    return replace(known, vocab=described.vocab, tied=described.tied)
+def _held(path: Path, files: Sequence[str]) -> dict[str, _Held]:
+    """Every stored tensor of the files."""
+    held: dict[str, _Held] = {}
+    for file in files:
+        for key, entry in containers.index(CONTAINER, path, file).entries.items():
+            if key in held:
+                raise CheckpointError(
+                    f"`{path / file}`: tensor `{key}` is in `{held[key].file}` too, expected once"
+                )
+            held[key] = _Held(file, entry)
+    return held
+
+
+def _model(
+    path: Path,
+    header: Path,
+    options: Options,
+    metadata: Mapping[str, object],
+    held: Mapping[str, _Held],
+) -> tuple[ModelConfig, list[str]]:
+    """The model by its header, or by a config from elsewhere that agrees with it."""
+    embedding = held.get(KEYS["embedding"])
+    if embedding is None or len(embedding.entry.shape) != 2:
+        raise CheckpointError(f"`{header}`: tensor `{KEYS['embedding']}` is missing or no matrix")
+    described = gguf_keys.Header(header, metadata).model(
+        embedding.entry.shape[0],
+        tied=KEYS["output"] not in held,
+        biased=_key("attention.o.bias", 0) in held,
+    )
+    factors = _factors(path, described, held.get(ROPE_FACTORS))
+    sizes = (described.hidden, described.layers, described.heads)
+    known, assumed = common.config_for(path, options, sizes, gguf_keys.families(described))
+    if known is not None:
+        return gguf_keys.agreed(known, described, factors, path), assumed
+    if factors is not None:
+        described = gguf_keys.with_rope_factors(described, factors, path)
+    return described, assumed
+
+
+def _as_held(slot: Slot, held: _Held) -> Slot:
+    """A slot in the file, the dtype and the encoding that a checkpoint has it in."""
+    file = held.file.replace("{", "{{").replace("}", "}}")
+    return replace(slot, file=file, dtype=held.entry.dtype, encoding=held.entry.encoding)
 
 
 def _found(
@@ -249,10 +252,6 @@ def _found(
             f"header describes it{more}"
         )
     return {name: held[key] for name, key in keys.items()}
-
-
-def _literal(file: str) -> str:
-    return file.replace("{", "{{").replace("}", "}}")
 
 
 def _name_of(matrices: Sequence[containers.Entry]) -> str:
@@ -275,16 +274,15 @@ def _said_of(entries: Sequence[containers.Entry]) -> tuple[str, ...]:
     return ()
 
 
-def _scaled(path: Path, model: ModelConfig, factors: _Held | None) -> ModelConfig:
-    """The model with the scaling that its frequency factors are of, if it has any."""
-    if factors is None:
-        return model
-    file, entry = path / factors.file, factors.entry
+def _factors(path: Path, model: ModelConfig, held: _Held | None) -> torch.Tensor | None:
+    """The factors of rotary frequencies, if there are any."""
+    if held is None:
+        return None
+    file, entry = path / held.file, held.entry
     if (entry.dtype, entry.shape) != (torch.float32, (model.head_dim // 2,)):
         raise CheckpointError(
             f"`{file}`: tensor `{ROPE_FACTORS}` is {common.stored_text(entry.dtype, None)} "
             f"{list(entry.shape)}, expected float32 [{model.head_dim // 2}]"
         )
     data = read_bytes(file, entry.offset, 4 * entry.shape[0])
-    values = torch.frombuffer(bytearray(data), dtype=torch.float32)
-    return gguf_keys.with_rope_factors(model, values, file)
+    return torch.frombuffer(bytearray(data), dtype=torch.float32)

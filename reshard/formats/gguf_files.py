@@ -25,6 +25,8 @@ def chosen(path: Path, asked: str | None) -> list[str]:
                 f"src.file: `{path / asked}` is not there, found {', '.join(found) or 'none'}"
             )
         found = [name for name in found if _stem(name) == _stem(asked)]
+    if not found:
+        raise CheckpointError(f"`{path}`: no .gguf file in this directory")
     stems = {_stem(name) for name in found}
     if len(stems) != 1:
         raise ConfigError(

@@ -14,7 +14,8 @@ import torch
 
 from reshard.containers.gguffile import Value
 from reshard.errors import CheckpointError, ConfigError, LayoutError
-from reshard.families.model import Json, ModelConfig
+from reshard.families.model import Json, ModelConfig, scaling_type
+from reshard.families.releases import LLAMA_3_SCALING, ROPE_SCALING
 from reshard.layout import Parameter
 
 # The architecture that llama.cpp runs each family as.
@@ -36,24 +37,11 @@ TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 # Of yarn's parameters, those that a header says, and the values of the others that it implies.
 SAID = {"rope_type", "type", "factor", "original_max_position_embeddings", "rope_theta"}
 IMPLIED: Mapping[str, Json] = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None}
-LLAMA3: Mapping[str, float | int] = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def families(model: ModelConfig) -> tuple[str, ...]:
     """The families that llama.cpp runs as the architecture of a file."""
     return tuple(name for name, arch in ARCHITECTURES.items() if arch == model.model_type)
-
-
-def scaling_type(model: ModelConfig) -> str | None:
-    """The kind of a model's rotary scaling, in either spelling of config.json."""
-    scaling = model.rope_scaling
-    if scaling is None:
-        return None
-    return str(scaling.get("rope_type") or scaling.get("type"))
 
 
 def slides(model: ModelConfig) -> bool:
@@ -159,7 +147,7 @@ def rope_factors(model: ModelConfig) -> torch.Tensor | None:
     if scaling_type(model) != "llama3":
         return None
     given = model.rope_scaling or {}
-    said = {key: _float(given.get(key), usual) for key, usual in {"factor": 8.0, **LLAMA3}.items()}
+    said = {key: _float(given.get(key), usual) for key, usual in LLAMA_3_SCALING.items()}
     factor, low, high = said["factor"], said["low_freq_factor"], said["high_freq_factor"]
     original = said["original_max_position_embeddings"]
     steps = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
@@ -262,8 +250,7 @@ class Header:
 
 def with_rope_factors(model: ModelConfig, stored: torch.Tensor, path: Path) -> ModelConfig:
     """The model with the llama3 scaling that gives the factors in a file."""
-    scaling: dict[str, Json] = {"rope_type": "llama3", "factor": float(stored.max())}
-    scaled = replace(model, rope_scaling={**scaling, **LLAMA3})
+    scaled = replace(model, rope_scaling={**ROPE_SCALING, "factor": float(stored.max())})
     made = rope_factors(scaled)
     if made is None or made.shape != stored.shape or not torch.allclose(made, stored, rtol=1e-5):
         raise CheckpointError(
@@ -271,3 +258,30 @@ def with_rope_factors(model: ModelConfig, stored: torch.Tensor, path: Path) -> M
             "give src.model=config.json"
         )
     return scaled
+
+
+def agreed(
+    known: ModelConfig, described: ModelConfig, factors: torch.Tensor | None, path: Path
+) -> ModelConfig:
+    """A config from elsewhere, which must be that of the file; what both say is the file's."""
+    for name in ("kv_heads", "head_dim", "intermediate"):
+        if getattr(known, name) != getattr(described, name):
+            raise CheckpointError(
+                f"`{path}`: {name} is {getattr(described, name)}, but the config of the model "
+                f"has {getattr(known, name)}"
+            )
+    made, kind = rope_factors(known), scaling_type(known)
+    alike = (made is None) == (factors is None) and (
+        made is None or factors is None or torch.allclose(made, factors, rtol=1e-5)
+    )
+    if not alike or (kind != "llama3" and kind != scaling_type(described)):
+        raise CheckpointError(
+            f"`{path}`: its rotary scaling is not the rope_scaling of the model's config, "
+            f"{known.rope_scaling}; is it the config of this model?"
+        )
+    said = {
+        name: getattr(described, name)
+        for name in ("norm_eps", "rope_theta", "max_positions")
+        if np.float32(getattr(known, name)) != np.float32(getattr(described, name))
+    }
+    return replace(known, vocab=described.vocab, tied=described.tied, **said)

@@ -19,6 +19,7 @@ from reshard.families import parameters as parameters_of
 from reshard.families.model import Json, ModelConfig
 from reshard.formats import common, meta_files, meta_params
 from reshard.formats.meta_files import FILE
+from reshard.formats.meta_params import PARAMS
 from reshard.formats.options import Mesh, Options, Scan
 from reshard.formats.sampling import equal_head_groups, rows_agree
 from reshard.layout import Constant, Content, Layout, Parameter, Slot
@@ -26,8 +27,8 @@ from reshard.placement import Cut, Placement, uncut
 
 NAME = "meta"
 FAMILIES = ("llama",)
-ASSETS = ("tokenizer.model",)
-NEEDED = {"params.json": ("params.json",), "tokenizer": ASSETS}
+ASSETS = (common.TOKENIZER_MODEL,)
+NEEDED = {PARAMS: (PARAMS,), "tokenizer": ASSETS}
 SOURCE_KEYS = ("tied", "rope_factor", "version", "instruct")
 TARGET_KEYS = ("embedding_dim",)
 CONTAINER = "torchfile"
@@ -45,6 +46,8 @@ KEYS = {
     "norm": "norm.weight",
     "output": "output.weight",
 }
+# Of these roles, the shapes in the first layer are read.
+SIZED = ("embedding", "attention.q", "attention.k", "mlp.gate", "output")
 ROPE_FREQUENCIES = "rope.freqs"
 
 
@@ -161,21 +164,19 @@ def model_of(record: Mapping[str, Json], path: Path) -> ModelConfig | None:
 
 def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a directory from its params.json and the header of its first file."""
-    params = meta_params.read(path / meta_params.PARAMS)
-    meta_files.refuse_release(path, params)
+    params = meta_params.read(path / PARAMS)
+    meta_files.refuse_release(path / PARAMS, params)
     files = meta_files.numbered(path, options.mesh.tp if options.mesh else None)
     mp = len(files)
     entries = containers.index(CONTAINER, path, files[0]).entries
     meta_files.refuse_tensors(path / files[0], entries)
     sizes = _sizes(path, files[0], params, mp)
-    meta_params.check(path / meta_params.PARAMS, params, sizes)
-    said = meta_params.said(path / meta_params.PARAMS, options)
+    meta_params.check(path / PARAMS, params, sizes)
+    said = meta_params.said(path / PARAMS, options)
     known, noted = common.config_for(path, options, (sizes.hidden, sizes.layers, sizes.heads))
     if known is not None and said.anything:
         known, noted = None, ["what src says of the release goes before a config that is known"]
-    model, assumed = meta_params.to_model(
-        path / meta_params.PARAMS, params, sizes, known=known, said=said
-    )
+    model, assumed = meta_params.to_model(path / PARAMS, params, sizes, known=known, said=said)
     assumed = [*noted, *assumed]
     for decide in (_drop_copied_heads, _tie):
         model, lines = decide([path / file for file in files], model, options, known)
@@ -229,21 +230,20 @@ def _sizes(path: Path, file: str, params: Mapping[str, Json], mp: int) -> meta_p
         return entries[key].shape
 
     hidden, heads = shape("norm")[0], params["n_heads"]
-    if not isinstance(heads, int) or hidden % heads:
+    if not isinstance(heads, int) or not hidden or hidden % heads:
         raise CheckpointError(
-            f"`{path / meta_params.PARAMS}`: n_heads {heads} does not divide the width {hidden} "
-            "of norm.weight"
+            f"`{path / PARAMS}`: n_heads {heads} does not divide the width {hidden} of norm.weight"
         )
-    shape("embedding")
+    rows = {role: shape(role)[0] * mp for role in SIZED}
     numbers = (re.fullmatch(r"layers\.(\d{1,5})\..*", key) for key in entries)
     return meta_params.Sizes(
         hidden=hidden,
         layers=1 + max(int(match[1]) for match in numbers if match),
-        heads=shape("attention.q")[0] * mp // (hidden // heads),
-        kv_heads=shape("attention.k")[0] * mp // (hidden // heads),
+        heads=rows["attention.q"] // (hidden // heads),
+        kv_heads=rows["attention.k"] // (hidden // heads),
         head_dim=hidden // heads,
-        intermediate=shape("mlp.gate")[0] * mp,
-        vocab=shape("output")[0] * mp,
+        intermediate=rows["mlp.gate"],
+        vocab=rows["output"],
     )
 
 
@@ -294,4 +294,4 @@ def _tie(
 
 def side_files(model: ModelConfig, layout: Layout, options: Options) -> dict[str, bytes]:
     """params.json; checklist.chk is not written, for an old one would be wrong."""
-    return {"params.json": common.dump_json(meta_params.write(model, options.axes.tp))}
+    return {PARAMS: common.dump_json(meta_params.write(model, options.axes.tp))}

@@ -7,12 +7,12 @@ from pathlib import Path
 from reshard.containers import Entry
 from reshard.errors import CheckpointError
 from reshard.families.model import Json
+from reshard.formats.common import TOKENIZER_MODEL
 
 FILE = "consolidated.{shard:02d}.pth"
 # A file of its own, and a folder that holds one file; a release of one file may have no number.
 NUMBERED = re.compile(r"consolidated\.(\d{2,4})(\.pth)?")
 SINGLE = "consolidated.pth"
-TOKENIZER = "tokenizer.model"
 
 _WHOLE = "take the same model's bfloat16 files"
 _HUB = "Hugging Face's repository of that model is read as `hf`"
@@ -87,20 +87,18 @@ def is_here(path: Path) -> bool:
 def folders(path: Path) -> tuple[Path, ...]:
     """Where the tokenizer lies, if not beside the weights: Llama 1 and 2 have it one level up."""
     above = path.absolute().parent
-    apart = not (path / TOKENIZER).is_file() and (above / TOKENIZER).is_file()
+    apart = not (path / TOKENIZER_MODEL).is_file() and (above / TOKENIZER_MODEL).is_file()
     return (above,) if apart else ()
 
 
 def refuse_release(path: Path, params: Mapping[str, Json]) -> None:
-    """Refuse releases that are not read here, by their files and by params.json."""
+    """Refuse releases that are not read here, by params.json (`path`) and the files beside it."""
     for pattern, (what, remedy) in BY_FILE.items():
-        if (file := next(iter(sorted(path.glob(pattern))), None)) is not None:
+        if (file := next(iter(sorted(path.parent.glob(pattern))), None)) is not None:
             raise CheckpointError(f"`{file}`: {what}, which is not read here; {remedy}")
     for key, (what, remedy) in BY_PARAM.items():
         if params.get(key) not in (None, -1):
-            raise CheckpointError(
-                f"`{path / 'params.json'}`: {key}: {what}, which is not read here; {remedy}"
-            )
+            raise CheckpointError(f"`{path}`: {key}: {what}, which is not read here; {remedy}")
 
 
 def refuse_tensors(file: Path, entries: Mapping[str, Entry]) -> None:

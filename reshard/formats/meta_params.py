@@ -4,14 +4,16 @@ What no generation writes down (positions, token ids, the factor of scaled RoPE,
 is tied) comes from a config that is known from elsewhere, else from the release that it looks like.
 """
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from reshard.errors import CheckpointError, LayoutError
-from reshard.families import releases
-from reshard.families.model import Json, ModelConfig
-from reshard.families.releases import ROPE_SCALING, Said
+from reshard.families import finding
+from reshard.families.finding import Said
+from reshard.families.model import MAX_NUMBER, MAX_SIZE, Json, ModelConfig, scaling_type
+from reshard.families.releases import LLAMA_3_SCALING, is_llama_3_scaling
 from reshard.formats import common
 from reshard.formats.options import Options
 
@@ -40,10 +42,7 @@ def imagine(path: Path) -> ModelConfig:
     params = read(path)
 
     def size(key: str, default: int | None = None) -> int:
-        value = params.get(key, default)
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"`{path}`: {key} is {value!r}, expected a positive number")
-        return value
+        return _size(path, key, params.get(key, default))
 
     hidden, heads = size("dim"), size("n_heads")
     multiplier = _number(path, params, "ffn_dim_multiplier", 1.0)
@@ -66,7 +65,7 @@ def said(path: Path, options: Options) -> Said:
 
 
 def _names(path: Path) -> tuple[str, ...]:
-    return releases.names_of(path.parent)
+    return finding.names_of(path.parent)
 
 
 def read(path: Path) -> dict[str, Json]:
@@ -78,9 +77,7 @@ def read(path: Path) -> dict[str, Json]:
     inner = params.get("model", params)
     if not isinstance(inner, dict):
         raise CheckpointError(f"`{path}`: `model` holds {type(inner).__name__}, expected an object")
-    heads = inner.get("n_heads")
-    if type(heads) is not int or heads < 1:
-        raise CheckpointError(f"`{path}`: n_heads is {heads!r}, expected a positive number")
+    _size(path, "n_heads", inner.get("n_heads"))
     return inner
 
 
@@ -96,7 +93,8 @@ def check(path: Path, params: Mapping[str, Json], sizes: Sizes) -> None:
     for key, size in found.items():
         if params.get(key) not in (None, -1, size):
             raise CheckpointError(
-                f"`{path}`: {key} is {params[key]}, but the tensors of all files make it {size}"
+                f"`{path}`: {key} is {reprlib.repr(params[key])}, but the tensors of all files "
+                f"make it {size}"
             )
 
 
@@ -111,34 +109,29 @@ def to_model(
     """The model config, and lines on what was assumed."""
     theta = _number(path, params, "rope_theta", 10000.0)
     eps = _number(path, params, "norm_eps", 1e-5)
-    scaled = bool(params.get("use_scaled_rope"))
+    scaled = params.get("use_scaled_rope") or False
+    if not isinstance(scaled, bool):
+        raise CheckpointError(f"`{path}`: use_scaled_rope is {scaled!r}, expected true or false")
     if known is not None:
-        if scaled != is_llama3(known):
+        if scaled != (scaling_type(known) == "llama3"):
             raise CheckpointError(
                 f"`{path}`: use_scaled_rope is {scaled}, but the config of the model has "
                 f"rope_scaling {known.rope_scaling}"
             )
         return replace(known, **asdict(sizes), norm_eps=eps, rope_theta=theta), []
     model = ModelConfig("llama", **asdict(sizes), norm_eps=eps, rope_theta=theta)
-    found = releases.find(model, said, scaled=scaled)
-    return found.complete(model), list(found.reasons)
-
-
-def is_llama3(model: ModelConfig) -> bool:
-    """Whether the model scales its positions in the one way that Meta's code knows."""
-    scaling = model.rope_scaling or {}
-    return "llama3" in (scaling.get("rope_type"), scaling.get("type"))
+    found = finding.find(model, said, scaled=scaled)
+    usual = [] if "norm_eps" in params else [f"norm_eps {eps:g}, which params.json does not say"]
+    return found.complete(model), [*usual, *found.reasons]
 
 
 def require_said(model: ModelConfig, name: str) -> None:
     """Refuse what Meta's code would compute otherwise, since params.json cannot say it."""
-    usual = {key: ROPE_SCALING[key] for key in ROPE_SCALING if key not in ("factor", "rope_type")}
-    scaling = model.rope_scaling
-    odd = scaling is not None and any(scaling.get(key) != value for key, value in usual.items())
-    if scaling is not None and (odd or not is_llama3(model)):
+    if model.rope_scaling is not None and not is_llama_3_scaling(model):
+        usual = {key: value for key, value in LLAMA_3_SCALING.items() if key != "factor"}
         raise LayoutError(
-            f"{name}: rope_scaling {dict(scaling)} cannot be said in params.json, which knows "
-            f"llama3 scaling with {usual} only; use --dst hf"
+            f"{name}: rope_scaling {dict(model.rope_scaling)} cannot be said in params.json, "
+            f"which knows llama3 scaling with {usual} only; use --dst hf"
         )
     if (activation := model.extras.get("hidden_act", "silu")) != "silu":
         raise LayoutError(f"{name}: hidden_act is {activation}, Meta's code has silu only")
@@ -148,9 +141,20 @@ def _number(path: Path, params: Mapping[str, Json], key: str, default: float) ->
     value = params.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise CheckpointError(f"`{path}`: {key} is {value!r}, expected a positive number")
-    return float(value)
+    # An int of any size can be compared; nan is within no limits.
+    if isinstance(value, int | float) and value is not True and 0 < value <= MAX_NUMBER:
+        return float(value)
+    raise CheckpointError(
+        f"`{path}`: {key} is {reprlib.repr(value)}, expected a positive number up to {MAX_NUMBER:g}"
+    )
+
+
+def _size(path: Path, key: str, value: Json) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        raise CheckpointError(
+            f"`{path}`: {key} is {reprlib.repr(value)}, expected a positive number up to {MAX_SIZE}"
+        )
+    return value
 
 
 def write(model: ModelConfig, mp: int) -> dict[str, Json]:
@@ -168,7 +172,7 @@ def write(model: ModelConfig, mp: int) -> dict[str, Json]:
     }
     if multiplier is not None:
         params["ffn_dim_multiplier"] = multiplier
-    if is_llama3(model):
+    if scaling_type(model) == "llama3":
         params["use_scaled_rope"] = True
     return params
 

@@ -9,7 +9,6 @@ in the files: they come from a config.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 from reshard import families
@@ -18,9 +17,9 @@ from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.families.model import ModelConfig
 from reshard.formats import common, dcp, meta_params
 from reshard.formats.options import Chunks, Mesh, Options, Scan
-from reshard.geometry import Region, whole
+from reshard.formats.titan_mesh import tiled
 from reshard.layout import Layout, Parameter, Slot
-from reshard.placement import Boxes, Groups, Placement, chunked
+from reshard.placement import Groups, Placement
 
 NAME = "titan"
 FAMILIES = ("llama",)
@@ -85,7 +84,7 @@ def _slot(parameter: Parameter, role: str, model: ModelConfig, options: Options)
     if options.chunks is not None:
         return _existing_slot(parameter, role, prefix, model, options.chunks, interleaved)
     key = prefix + KEYS[role][GENERATIONS[options.keys or "current"]]
-    placement, spread = _tiled(parameter, options.axes)
+    placement, spread = tiled(parameter, options.axes)
     return Slot(
         parameter.name,
         replace(placement, interleaved=interleaved),
@@ -95,36 +94,6 @@ def _slot(parameter: Parameter, role: str, model: ModelConfig, options: Options)
         boxed=True,
         spread=spread,
     )
-
-
-def _tiled(parameter: Parameter, mesh: Mesh) -> tuple[Placement, tuple[tuple[str, int], ...]]:
-    """A parameter on a (dp, tp) mesh: as DTensor places it; without tp on the first tp rank."""
-    if mesh.tp == 1:
-        return Placement(parameter.shape, chunked(parameter.shape[0], mesh.dp)), ()
-    if parameter.dim is None:
-        ranks = [rank * mesh.tp for rank in range(mesh.dp)]
-        spread = tuple((dcp.FILE.format(shard=rank), rank) for rank in ranks)
-        return Placement(parameter.shape, chunked(parameter.shape[0], mesh.dp)), spread
-    return Placement(parameter.shape, _grid(parameter.shape, parameter.dim, mesh)), ()
-
-
-@lru_cache(maxsize=64)
-def _grid(shape: tuple[int, ...], dim: int, mesh: Mesh) -> Boxes:
-    """The boxes of a (dp, tp) mesh by rank: cut along `dim` by tp, and then along dim 0 by dp."""
-    boxes = []
-    for rank in range(mesh.dp * mesh.tp):
-        by_tp = _part(whole(shape), dim, rank % mesh.tp, mesh.tp)
-        boxes.append(_part(by_tp, 0, rank // mesh.tp, mesh.dp))
-    return Boxes(boxes)
-
-
-def _part(box: Region, dim: int, place: int, parts: int) -> Region:
-    """One of `parts` chunks of a box along `dim`, by the rule of torch.chunk."""
-    low, size = box.start[dim], box.shape[dim]
-    step = -(-size // parts)
-    start, stop = list(box.start), list(box.stop)
-    start[dim], stop[dim] = low + min(size, place * step), low + min(size, (place + 1) * step)
-    return Region(tuple(start), tuple(stop))
 
 
 def _existing_slot(

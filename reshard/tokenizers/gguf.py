@@ -11,7 +11,7 @@ from pathlib import Path
 from gguf import GGUFWriter, TokenType
 
 from reshard.errors import CheckpointError
-from reshard.tokenizers import HEADER
+from reshard.tokenizers import HEADER, RESULT, readable
 from reshard.tokenizers.gguf_vocab import (
     SPECIALS,
     Source,
@@ -22,7 +22,6 @@ from reshard.tokenizers.gguf_vocab import (
     record,
 )
 
-RESULT = "result.json"
 START_BYTES = 24  # of a GGUF file, before its key-values
 PAD_SCORE = -10000.0
 # Tokens at which llama.cpp ends a turn or a message, if they are there.
@@ -31,8 +30,14 @@ END_OF = {"eot": ("<|eot_id|>", "<|im_end|>", "▁<EOT>"), "eom": ("<|eom_id|>",
 
 def run(arguments: Mapping[str, object], folder: Path) -> None:
     """Leave the serialised keys in `folder`, and beside them their number and what to tell."""
+    with readable(Path("tokenizer"), "tokenizer"):
+        _write(arguments, folder)
+
+
+def _write(arguments: Mapping[str, object], folder: Path) -> None:
     source, rows = Source(Path(str(arguments["folder"]))), int(str(arguments["vocab"]))
     vocabulary = read(source)
+    _require_same_begin(record(arguments.get("ids")).get("bos"), vocabulary)
     tokens = padded(vocabulary.tokens, rows)
     # Without an architecture, the writer writes nothing but what is added here.
     writer = GGUFWriter(folder / HEADER, "")
@@ -43,9 +48,10 @@ def run(arguments: Mapping[str, object], folder: Path) -> None:
     if vocabulary.model == "llama":
         writer.add_token_scores([token.score for token in tokens])
     writer.add_token_merges(vocabulary.merges)
-    _add_specials(writer, source, vocabulary, tokens)
+    numbered = (record(arguments.get("ids")), source.generation_ids(), vocabulary.ids)
+    _add_specials(writer, source, vocabulary, tokens, numbered)
     writer.add_add_space_prefix(vocabulary.blank_first)
-    if template := _template(source):
+    if template := _template(source) or str(arguments.get("template") or ""):
         writer.add_chat_template(template)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -54,6 +60,16 @@ def run(arguments: Mapping[str, object], folder: Path) -> None:
     (folder / HEADER).write_bytes(written[START_BYTES:])
     count = int.from_bytes(written[START_BYTES - 8 : START_BYTES], "little")
     (folder / RESULT).write_text(json.dumps({"count": count, "notes": source.notes}))
+
+
+def _require_same_begin(bos: object, vocabulary: Vocabulary) -> None:
+    """Refuse a sentencepiece model whose texts begin with another token than the model's."""
+    own = vocabulary.ids.get("bos", -1)
+    if own >= 0 and bos not in (None, own):
+        raise CheckpointError(
+            f"tokenizer.model: its bos is {own}, but the model's is {bos}; "
+            "is it the tokenizer of this model?"
+        )
 
 
 def padded(tokens: Mapping[int, Token], rows: int) -> list[Token]:
@@ -77,18 +93,25 @@ def padded(tokens: Mapping[int, Token], rows: int) -> list[Token]:
 
 
 def _add_specials(
-    writer: GGUFWriter, source: Source, vocabulary: Vocabulary, tokens: Sequence[Token]
+    writer: GGUFWriter,
+    source: Source,
+    vocabulary: Vocabulary,
+    tokens: Sequence[Token],
+    numbered: Sequence[Mapping[str, object]],
 ) -> None:
-    """The ids of tokens with a meaning, and which of them are put around a text."""
+    """The ids of tokens with a meaning, and which of them are put around a text.
+
+    A token that the tokenizer's files name stands over the ids in `numbered`, the first of which
+    are those of the model's config.
+    """
     where = {token.text: number for number, token in enumerate(tokens)}
     around = _around(source)
     ids: dict[str, int] = {}
     for name in SPECIALS:
-        number = where.get(source.named(name) or around.get(name, ""))
-        for other in (source.numbered(name), vocabulary.ids.get(name)):
-            number = other if number is None else number
-        if number is not None and 0 <= number < len(tokens):
-            ids[name] = number
+        said = where.get(source.named(name) or around.get(name, ""))
+        for number in (said, *(other.get(name) for other in numbered)):
+            if isinstance(number, int) and 0 <= number < len(tokens):
+                ids.setdefault(name, number)
     for name, texts in END_OF.items():
         if found := [where[text] for text in texts if text in where]:
             ids[name] = found[0]

@@ -1,8 +1,4 @@
-"""The tokens of a Hugging Face directory as llama.cpp knows them; no torch is loaded here.
-
-It has a name for each way to split a text into words before merging, and the splitting itself in
-its code. That name is found by what tokenizer.json says, not by trying.
-"""
+"""The tokens of a Hugging Face directory as llama.cpp knows them; no torch is loaded here."""
 
 import importlib
 import json
@@ -13,30 +9,10 @@ from pathlib import Path
 from gguf import TokenType
 
 from reshard.errors import CheckpointError
+from reshard.tokenizers import pretokenizers
 
 ADDED_SCORE = -1000.0
 SPECIALS = ("bos", "eos", "unk", "pad")
-
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANKS}"
-)
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LEAD, _REST = r"[^\r\n\p{L}\p{N}]?", rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}"
-_TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_REST}"
-# How a text is split, and whether a word that is a token is never merged: llama.cpp's names.
-PRE: Mapping[tuple[str, bool], str] = {
-    (_WORDS % r"\p{N}{1,3}", True): "llama-bpe",
-    (_WORDS % r"\p{N}{1,3}", False): "smaug-bpe",
-    (_WORDS % r"\p{N}", False): "qwen2",
-    (_TEKKEN, True): "tekken",
-    ("bytes", False): "gpt-2",
-    ("digits bytes", False): "smollm",
-}
-# Of these, llama.cpp has no more than an approximation.
-INEXACT = ("tekken",)
-PRE_OF_CLASS = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +46,18 @@ class Source:
         self.notes: list[str] = []
 
     def path(self, name: str) -> Path:
-        """A file of the directory, by its own name where the directory holds links."""
-        return (self.folder / name).resolve()
+        """A file of the directory."""
+        return self.folder / name
 
     def load(self, name: str) -> dict[str, object]:
         """A file that holds one JSON object."""
         path = self.path(name)
         try:
             found = json.loads(path.read_bytes()) if path.is_file() else {}
-        except (ValueError, RecursionError, OSError) as error:
-            raise CheckpointError(f"`{path}`: no JSON that can be read: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"`{name}`: no JSON that can be read: {error}") from None
         if not isinstance(found, dict):
-            raise CheckpointError(f"`{path}`: expected a JSON object, as transformers writes it")
+            raise CheckpointError(f"`{name}`: expected a JSON object, as transformers writes it")
         return found
 
     def steps(self, part: str) -> list[dict[str, object]]:
@@ -109,15 +85,11 @@ class Source:
         text = record(found).get("content", found)
         return text if isinstance(text, str) else None
 
-    def numbered(self, name: str) -> int | None:
-        """The id that the model's config has for a special token, the first of several."""
-        for file in ("config.json", "generation_config.json"):
-            found = self.load(file).get(f"{name}_token_id")
-            if isinstance(found, list) and found:
-                found = found[0]
-            if type(found) is int:
-                return found
-        return None
+    def generation_ids(self) -> dict[str, object]:
+        """The ids of special tokens that generation_config.json has, the first of several."""
+        found = self.load("generation_config.json")
+        ids = {name: found.get(f"{name}_token_id") for name in SPECIALS}
+        return {name: next(iter(items(held)), held) for name, held in ids.items()}
 
 
 def read(source: Source) -> Vocabulary:
@@ -125,24 +97,26 @@ def read(source: Source) -> Vocabulary:
     model = record(source.tokenizer.get("model"))
     steps = source.steps("pre_tokenizer") + source.steps("decoder")
     if model:
-        vocab = _vocab(source.path("tokenizer.json"), model.get("vocab"))
+        vocab = _vocab("tokenizer.json", model.get("vocab"))
+        if not vocab and model.get("type") == "BPE":
+            raise CheckpointError("tokenizer.json: its vocabulary is empty; complete the download")
         merges = [_merge(item) for item in items(model.get("merges"))]
         if model.get("type") == "BPE" and any(step.get("type") == "ByteLevel" for step in steps):
             return _byte_level(source, vocab, merges, _pre(source))
         if model.get("type") == "BPE" and model.get("byte_fallback"):
             return _fallback(source, vocab, merges)
         raise CheckpointError(
-            f"`{source.path('tokenizer.json')}`: a {model.get('type')} model, expected BPE of "
+            f"`tokenizer.json`: a {model.get('type')} model, expected BPE of "
             "bytes or with byte_fallback, as Llama and Qwen have it"
         )
     if source.path("tokenizer.model").is_file():
         return _sentencepiece(source)
-    if vocab := _vocab(source.path("vocab.json"), source.load("vocab.json")):
+    if vocab := _vocab("vocab.json", source.load("vocab.json")):
         return _byte_level(
             source, vocab, _merge_lines(source.path("merges.txt")), _pre_of_class(source)
         )
     raise CheckpointError(
-        f"`{source.folder}`: no tokenizer.json, tokenizer.model or vocab.json with merges.txt"
+        "tokenizer: no tokenizer.json, tokenizer.model or vocab.json with merges.txt"
     )
 
 
@@ -159,45 +133,17 @@ def _byte_level(
 
 def _pre(source: Source) -> str:
     """llama.cpp's name for how tokenizer.json splits a text."""
-    said = " ".join(filter(None, map(_split, source.steps("pre_tokenizer"))))
-    # A pattern makes the words, and ByteLevel after it only their bytes.
-    said = said.removesuffix(" plain").replace("\r", r"\r").replace("\n", r"\n")
     whole = record(source.tokenizer.get("model")).get("ignore_merges") is True
-    if (name := PRE.get((said, whole))) is not None:
-        if name in INEXACT:
-            source.notes.append(f"llama.cpp's `{name}` splits words with combining marks elsewhere")
-        return name
-    if (name := PRE.get((said, not whole))) is not None:
-        source.notes.append(f"llama.cpp's `{name}` treats words that are tokens in another way")
-        return name
-    source.notes.append(
-        "llama.cpp has no name for how this tokenizer splits a text: tokenizer.ggml.pre is "
-        "`default`, which may give other tokens"
-    )
-    return "default"
-
-
-def _split(step: Mapping[str, object]) -> str:
-    """One step of a pre-tokenizer, as `PRE` has it."""
-    if step.get("type") == "ByteLevel":
-        return "bytes" if step.get("use_regex", True) else "plain"
-    if step.get("type") == "Digits" and step.get("individual_digits"):
-        return "digits"
-    how = step.get("behavior"), bool(step.get("invert"))
-    if step.get("type") == "Split" and how in (("Isolated", False), ("Removed", True)):
-        return str(record(step.get("pattern")).get("Regex"))
-    return str(step.get("type"))
+    name, note = pretokenizers.by_steps(source.steps("pre_tokenizer"), whole=whole)
+    source.notes += [note] if note else []
+    return name
 
 
 def _pre_of_class(source: Source) -> str:
     """The name by the tokenizer's class, where there is no tokenizer.json."""
-    said = str(source.config.get("tokenizer_class")).removesuffix("Fast")
-    if said not in PRE_OF_CLASS:
-        source.notes.append(
-            f"how a {said} splits a text is not known without tokenizer.json: tokenizer.ggml.pre "
-            "is `default`, which may give other tokens"
-        )
-    return PRE_OF_CLASS.get(said, "default")
+    name, note = pretokenizers.by_class(str(source.config.get("tokenizer_class")))
+    source.notes += [note] if note else []
+    return name
 
 
 def _fallback(source: Source, vocab: Mapping[str, int], merges: Sequence[str]) -> Vocabulary:
@@ -239,10 +185,10 @@ def _sentencepiece(source: Source) -> Vocabulary:
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf has its own, outside of all others
-        raise CheckpointError(f"`{path}`: no sentencepiece model: {error}") from None
+        raise CheckpointError(f"`{path.name}`: no sentencepiece model: {error}") from None
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if model.HasField("trainer_spec") and trainer.model_type != trainer.BPE:
-        raise CheckpointError(f"`{path}`: not a BPE model, which llama.cpp expects of a Llama")
+        raise CheckpointError(f"`{path.name}`: not a BPE model, which llama.cpp expects of a Llama")
     if normalizer.name not in ("", "identity") or normalizer.remove_extra_whitespaces:
         source.notes.append(
             f"llama.cpp does not normalise a text as this tokenizer does ({normalizer.name}, "
@@ -276,13 +222,13 @@ def _added_token(item: Mapping[str, object]) -> tuple[int, Token]:
     return int(number), Token(text.replace("▁", " "), TokenType.USER_DEFINED, ADDED_SCORE)
 
 
-def _vocab(path: Path, value: object) -> dict[str, int]:
+def _vocab(file: str, value: object) -> dict[str, int]:
     found = record(value)
     numbers = {
         text: number for text, number in found.items() if isinstance(number, int) and number >= 0
     }
     if len(numbers) != len(found) or len(set(numbers.values())) != len(found):
-        raise CheckpointError(f"`{path}`: its vocabulary is no map from texts to ids of their own")
+        raise CheckpointError(f"`{file}`: its vocabulary is no map from texts to ids of their own")
     return numbers
 
 
@@ -296,8 +242,10 @@ def _merge(item: object) -> str:
 def _merge_lines(path: Path) -> list[str]:
     try:
         lines = path.read_bytes().decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"`{path}`: cannot be read: {error}") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"`{path.name}`: missing beside vocab.json") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"`{path.name}`: cannot be read: {error}") from None
     return [line for line in lines if line and not line.startswith("#version")]
 
 

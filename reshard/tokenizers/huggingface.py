@@ -4,9 +4,8 @@ All files say `PreTrainedTokenizerFast`: transformers 4.x and 5.x then take toke
 Under `LlamaTokenizer`, 5.x makes a tokenizer of its own, which swallows a leading blank.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,20 +40,6 @@ class Converted:
     further: Mapping[str, object]
 
 
-@contextlib.contextmanager
-def readable(path: Path, kind: str) -> Iterator[None]:
-    """Whatever a library raises on a file that it cannot read, in one line."""
-    try:
-        yield
-    except (CheckpointError, ImportError):
-        raise
-    except Exception as error:  # each library has its own
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"`{path}`: not a {kind} file that can be read ({said}); complete the download"
-        ) from None
-
-
 def texts(value: object) -> list[str]:
     """A list of texts from JSON."""
     return [str(item) for item in value] if isinstance(value, list) else []
@@ -76,7 +61,7 @@ def check(
         found = tokenizer.encode(text, add_special_tokens=False).ids
         if found != (wanted := expected(text)):
             raise CheckpointError(
-                f"`{path}`: converted, it gives {found} for {text!r}, expected {wanted}; it "
+                f"`{path.name}`: converted, it gives {found} for {text!r}, expected {wanted}; it "
                 "normalises or splits text in a way that is not converted here"
             )
 
@@ -95,7 +80,7 @@ def tokens_of(
     rows, tokens = arguments["vocab"], tokenizer.get_vocab_size()
     if not isinstance(rows, int) or tokens > rows:
         raise CheckpointError(
-            f"`{path}`: {tokens} tokens, but the model's embedding has {rows} rows; "
+            f"`{path.name}`: {tokens} tokens, but the model's embedding has {rows} rows; "
             "is it this model's? moved elsewhere, it is left out"
         )
     eos = arguments["eos"]
@@ -106,7 +91,7 @@ def tokens_of(
     for name, (ids, known) in said.items():
         if wrong := [number for number in ids if number not in known]:
             raise CheckpointError(
-                f"`{path}`: the model's {name} is {wrong[0]}, but the tokenizer has "
+                f"`{path.name}`: the model's {name} is {wrong[0]}, but the tokenizer has "
                 f"{' or '.join(map(str, sorted(known)))}; give the model's config with "
                 "src.model=FILE"
             )
@@ -119,7 +104,9 @@ def write(converted: Converted, arguments: Mapping[str, object], path: Path, fol
     tokenizer, named = converted.tokenizer, dict(converted.named)
     if isinstance(pad := arguments["pad"], int):
         if (token := tokenizer.id_to_token(pad)) is None:
-            raise CheckpointError(f"`{path}`: the model's pad is {pad}, which is no token of it")
+            raise CheckpointError(
+                f"`{path.name}`: the model's pad is {pad}, which is no token of it"
+            )
         named["pad_token"] = token
     added = {
         str(number): {

@@ -8,7 +8,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import processors
 from transformers.convert_slow_tokenizer import LlamaConverter, generate_merges
 
-from reshard.tokenizers import huggingface
+from reshard.tokenizers import huggingface, readable
 from reshard.tokenizers.huggingface import Converted
 
 Scores = list[tuple[str, float]]
@@ -29,7 +29,7 @@ class _Merges:
 def run(arguments: Mapping[str, object], folder: Path) -> None:
     """Write the files of transformers to `folder`."""
     path = Path(str(arguments["file"]))
-    with huggingface.readable(path, "sentencepiece"):
+    with readable(path, "sentencepiece"):
         pieces = SentencePieceProcessor(model_file=str(path))
         # `legacy`: a blank goes before every text, even one that begins with a blank.
         original = SimpleNamespace(

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reshard.containers import Blob, FileIndex, Skeleton, TensorSpec, gguffile
+from reshard.containers import Blob, FileIndex, Skeleton, TensorSpec, gguffile, pieces_of
 from reshard.containers.gguffile import Fields, Value, skeleton
 from reshard.containers.ggufvalues import LongArray, pack
 from reshard.encodings import ENCODINGS, stored_bytes
@@ -70,7 +70,7 @@ def size_of(spec: TensorSpec) -> int:
 
 def laid_out_bytes(laid_out: Skeleton, payloads: dict[str, bytes]) -> bytes:
     """The file of a skeleton, whose chunks and tensors must tile it."""
-    parts = [(offset, bytes(chunk)) for offset, chunk in laid_out.chunks]
+    parts = [(offset, b"".join(pieces_of(chunk))) for offset, chunk in laid_out.chunks]
     parts += [(laid_out.offsets[key], payload) for key, payload in payloads.items() if payload]
     content = b""
     for offset, part in sorted(parts):

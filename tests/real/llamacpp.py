@@ -129,6 +129,7 @@ def llama3(folder: Path) -> Case:
 
     from reshard import tokenizers as ours
     from reshard.families.prompts import SPECIALS_3_1
+    from reshard.tokenizers import child
     from tests.oracles.texts import PATTERN
 
     spec = find_spec("llama_models")
@@ -140,7 +141,7 @@ def llama3(folder: Path) -> Case:
     specials = {text: len(ranks) + number for number, text in enumerate(SPECIALS_3_1)}
     arguments = {"file": str(file), "vocab": 128256, "bos": 128000, "eos": [128001, 128008, 128009]}
     more = {"pad": None, "positions": 8192, "specials": list(specials), "template": None}
-    ours.run_child(ours.TIKTOKEN, {**arguments, **more}, folder)
+    child.run_child(ours.TIKTOKEN, {**arguments, **more}, folder, "tokenizer.json")
     theirs = tiktoken.Encoding(
         "llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials
     )
@@ -198,17 +199,23 @@ def pieces(folder: Path) -> Iterator[Case]:
 
 def vocabulary(target: Path, case: Case) -> None:
     """A GGUF file without weights, and the ids that texts are expected to have."""
+    from reshard import conversions
     from reshard import tokenizers as ours
+    from reshard.containers import pieces_of
     from reshard.containers.gguffile import Fields, Value, skeleton
+    from reshard.families.model import ModelConfig
     from tests.oracles.texts import texts
 
     target.mkdir(parents=True, exist_ok=True)
-    (count, _), notes = ours.to_header(case.source, case.rows, target)
+    held = {path.name: path for path in case.source.iterdir()}
+    sizes = dict.fromkeys(("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate"), 1)
+    model = ModelConfig("other", **sizes, vocab=case.rows, bos=None, eos=None)
+    (count, _), notes = conversions.to_header(held, model, target)
     if notes:
         raise SystemExit(f"{case.source}: {notes}")
     fields = Fields(count, (target / ours.HEADER).read_bytes())
     start = {"general.architecture": Value("string", "llama"), "": fields}
-    file = b"".join(bytes(chunk) for _, chunk in skeleton([], start).chunks)
+    file = b"".join(piece for _, chunk in skeleton([], start).chunks for piece in pieces_of(chunk))
     (target / FILE).write_bytes(file)
     strings = [text for text in texts(STRINGS, 2, case.specials or ()) if text]
     expected = [[text, list(case.encode(text))] for text in strings]
