@@ -6,7 +6,7 @@ here, except what only the files of a checkpoint can tell.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +19,7 @@ from reshard.errors import ConfigError
 from reshard.families.model import Json
 from reshard.families.releases import VERSIONS
 from reshard.formats.options import Mesh, Options
+from reshard.schema import EngineConfig, Schema, SourceConfig, TargetConfig
 from reshard.topologies import (
     AXES,
     container,
@@ -60,77 +61,6 @@ CHOICES = {
     "wrapper": ("auto", "model", "none"),
 }
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass
-class MeshConfig:
-    """Sizes of the mesh axes."""
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-
-
-@dataclass
-class TopologyConfig:
-    """What a topology's YAML may say, for a source and a target alike."""
-
-    topology: str | None = None
-    format: str | None = None
-    mesh: MeshConfig | None = None
-    path: str | None = None
-    model: str | None = None
-    dtype: str = "keep"
-    embedding_dim: str = "auto"
-    max_shard_size: str = "5GB"
-    rope_interleaved: bool | None = None
-    vocab_multiple: int | None = None
-    rope: str = "auto"
-    keys: str = "auto"
-    wrapper: str = "auto"
-
-
-@dataclass
-class SourceConfig(TopologyConfig):
-    """Further keys of `src`."""
-
-    replicas: str = "first"
-    tied: bool | None = None
-    rope_factor: float | None = None
-    version: str = "auto"
-    instruct: bool | None = None
-    assets: str | None = None
-    file: str | None = None
-    vocab: str | None = None
-
-
-@dataclass
-class TargetConfig(TopologyConfig):
-    """Further keys of `dst`."""
-
-    like: str | None = None
-
-
-@dataclass
-class EngineConfig:
-    """Keys of `engine`."""
-
-    memory: str = "256MiB"
-    exchange: str = "collective"
-    writers: str = "nearest"
-    backend: str = "auto"
-    timeout: float = 1800.0
-    fsync: bool = True
-    require_complete: bool = False
-
-
-@dataclass
-class Schema:
-    """The whole configuration."""
-
-    src: SourceConfig = field(default_factory=SourceConfig)
-    dst: TargetConfig = field(default_factory=TargetConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 @dataclass(frozen=True, slots=True)
