@@ -57,7 +57,7 @@ WORDS = {
     "replicas": (["src.replicas=frist"], r"src.replicas: `frist`: did you mean `first`"),
     "a model": (["src.model=llama3-7b"], r"src.model: `llama3-7b`.*`llama3-70?8?b`"),
     "an empty axis": (["dst.mesh.tp=0"], r"dst.mesh: tp=0.*begin at 1"),
-    "a padding of 0": (["dst.vocab_multiple=0"], r"dst.vocab_multiple: 0 is not a positive"),
+    "a padding of 0": (["dst.vocab_multiple=0"], r"dst.vocab_multiple: 0, expected 1 to"),
     "a format": (["dst.format=nanotorn"], r"`nanotorn`.*nanotron"),
     "no such sample": (["dst.like=nowhere"], r"`nowhere`: no such directory \(dst.like\)"),
     "no such job file": (["--config", "nowhere.yaml"], r"`nowhere.yaml`: No such file"),

@@ -6,6 +6,7 @@ never zero, so that a misplaced or missing element is seen.
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +79,7 @@ def build(
 ) -> Model:
     """A model of the given sizes; overrides replace keys of its config."""
     config = _common() | sizes | {"tie_word_embeddings": tied, "torch_dtype": _name(dtype)}
-    config |= overrides
+    config |= deepcopy(overrides)  # transformers writes into a config's rope_scaling
     config["architectures"] = [ARCHITECTURES[config["model_type"]]]
     return Model(config, placed_values(shapes(config), dtype))
 
