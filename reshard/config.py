@@ -256,22 +256,7 @@ def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
         encoding=config.dtype if config.dtype in CODECS else None,
     )
     if isinstance(config, SourceConfig):
-        _one_of("src.version", config.version, ("auto", *VERSIONS))
-        if config.rope_factor is not None and not 1 < config.rope_factor <= MAX_FACTOR:
-            raise ConfigError(
-                f"src.rope_factor: {config.rope_factor:g}, expected a factor such as 8 or 32"
-            )
-        assets = Path(config.assets).expanduser() if config.assets else None
-        options = replace(
-            options,
-            tied=config.tied,
-            rope_factor=config.rope_factor,
-            version=None if config.version == "auto" else config.version,
-            instruct=config.instruct,
-            assets=_folder(assets),
-            file=config.file,
-            vocab=_vocabulary(config.vocab),
-        )
+        options = _of_source(options, config)
     path = Path(config.path).expanduser() if config.path else None
     plain = type(config)()
     given = [item.name for item in fields(config) if item.name not in COMMON_KEYS[name]]
@@ -280,6 +265,25 @@ def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
     among = tuple(config.format.split("|")) if config.format else ()
     only = among[0] if len(among) == 1 else None
     return Side(only, path, options, DTYPES.get(config.dtype), changed, among)
+
+
+def _of_source(options: Options, config: SourceConfig) -> Options:
+    """Options with what only a source may say."""
+    _one_of("src.version", config.version, ("auto", *VERSIONS))
+    if config.rope_factor is not None and not 1 < config.rope_factor <= MAX_FACTOR:
+        raise ConfigError(
+            f"src.rope_factor: {config.rope_factor:g}, expected a factor such as 8 or 32"
+        )
+    return replace(
+        options,
+        tied=config.tied,
+        rope_factor=config.rope_factor,
+        version=None if config.version == "auto" else config.version,
+        instruct=config.instruct,
+        assets=_folder(Path(config.assets).expanduser() if config.assets else None),
+        file=config.file,
+        vocab=_vocabulary(config.vocab),
+    )
 
 
 def _vocabulary(asked: str | None) -> int | str | None:
