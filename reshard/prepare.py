@@ -81,7 +81,7 @@ def prepare(config: JobConfig, meeting: Meeting | None = None) -> Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A job whose two ends are known, before the target is laid out."""
+    """A job that can be done, before its small files are known; a header may wait for these."""
 
     source: Source
     format: formats.Format
@@ -90,6 +90,7 @@ class _Begun:
     model: Model
     stored_model: Model
     parameters: tuple[Parameter, ...]
+    target: Layout
 
 
 def _begin(config: JobConfig) -> _Begun:
@@ -104,17 +105,19 @@ def _begin(config: JobConfig) -> _Begun:
     formats.require_held(target_format, source.model)
     model, parameters = _cast(source, dtype)
     stored, _ = formats.padded(target_format, parameters, model, options)
-    return _Begun(source, target_format, options, dtype, model, stored, parameters)
+    target = formats.laid_out(target_format, parameters, model, options)
+    check_covered(source.layout)
+    check_same_parameters(source.layout, target)
+    return _Begun(source, target_format, options, dtype, model, stored, parameters, target)
 
 
 def _finish(config: JobConfig, begun: _Begun, small: SmallFiles) -> Prepared:
-    """Lay out the target, and say what is to be known of it."""
-    source, target_format = begun.source, begun.format
+    """Complete the target's header, and say what is to be known of the job."""
+    source, target_format, target = begun.source, begun.format, begun.target
     model, stored = begun.model, begun.stored_model
     options = replace(begun.options, tokenizer=small.header())
-    target = formats.laid_out(target_format, begun.parameters, model, options)
-    check_covered(source.layout)
-    check_same_parameters(source.layout, target)
+    if options.tokenizer is not None:
+        target = formats.laid_out(target_format, begun.parameters, model, options)
     notes = (
         *source.notes,
         *(() if options.encoding else _dtype_notes(source.model.dtype, begun.dtype, target)),
@@ -127,17 +130,17 @@ def _finish(config: JobConfig, begun: _Begun, small: SmallFiles) -> Prepared:
         if scan.left_behind:
             notes += (f"left behind: {', '.join(scan.left_behind)} (weights only are moved)",)
     found = Prepared(
-        config,
-        source.model,
-        source.layout,
-        target,
-        target_format,
-        options,
-        model,
-        stored,
-        scan,
-        small,
-        notes,
+        config=config,
+        model=source.model,
+        source=source.layout,
+        target=target,
+        target_format=target_format,
+        target_options=options,
+        target_model=model,
+        stored_model=stored,
+        scan=scan,
+        small=small,
+        notes=notes,
     )
     if config.engine.require_complete and (missing := found.readiness().missing):
         raise IncompleteError(
