@@ -9,12 +9,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check real titan goldens llamacpp clean
+.PHONY: help demo test check fuzz real titan goldens llamacpp soak clean
 
 help:
 	@echo 'make demo    reshard a tiny seeded Llama from 8 Meta files to Nanotron TP=4, on 8 ranks'
 	@echo 'make test    run the tests on all cores'
 	@echo 'make check   formatting, lint, types and tests, as CI runs them'
+	@echo 'make fuzz    forty thousand damaged files past every reader, and the other long searches'
+	@echo 'make soak    kills at every step and at random moments, long runs (an hour on 2 cores)'
 	@echo 'make real    reshard and load with the real libraries (transformers, gguf)'
 	@echo "make titan   TorchTitan's own model and adapter read what we write (an environment of 2 GB)"
 	@echo "make goldens configs and prompts by transformers' own converter (an environment of 1 GB)"
@@ -33,6 +35,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict reshard
 	$(BIN)/python -m pytest -n auto
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto -m fuzz --long
+
+soak: $(VENV)/.dev
+	@$(BIN)/python -m pytest -n auto -m 'fault or slow' --long
 
 real: $(VENV)/.real
 	@PATH="$(abspath $(BIN)):$$PATH" tests/real/run.sh

@@ -19,7 +19,7 @@ from isal import isal_zlib
 
 from reshard import containers
 from reshard.containers import Blob, Skeleton, TensorSpec, pieces_of
-from reshard.errors import StorageError
+from reshard.errors import CheckpointError, StorageError
 from reshard.formats import common
 from reshard.geometry import row_major
 from reshard.journal import Record
@@ -84,7 +84,13 @@ class SourcePlaces:
 
     def locate(self, stored: StoredTensor) -> tuple[int, tuple[int, ...]]:
         """The byte offset of a stored tensor, and its strides."""
-        entry = containers.index(self._container, self._root, stored.file).entries[stored.key]
+        try:
+            entry = containers.index(self._container, self._root, stored.file).entries[stored.key]
+        except CheckpointError:
+            path = self._root / stored.file
+            if path.is_file():
+                raise
+            raise StorageError(f"`{path}`: was there at the start, and is gone") from None
         return entry.offset, entry.strides
 
 
@@ -99,9 +105,27 @@ def lay_out(data: Path, layout: Layout, places: TargetPlaces, files: Iterable[st
             for key in skeleton.offsets
             if (file, key) in constants
         ]
-        create(data / file, skeleton.size, chain(_pieces(skeleton), filled))
+        empty = _padding(layout, file, skeleton)
+        create(data / file, skeleton.size, chain(_pieces(skeleton), filled, _zeros(empty)))
         written += sum(len(chunk) for _, chunk in [*skeleton.chunks, *filled])
+        written += sum(length for _, length in empty)
     return written
+
+
+def _padding(layout: Layout, file: str, skeleton: Skeleton) -> list[tuple[int, int]]:
+    """The (offset, length) of what no window of a stored tensor covers."""
+    return [
+        (skeleton.offsets[item.key] + item.nbytes - item.padding_bytes, item.padding_bytes)
+        for item in layout.contents(file)
+        if item.padding_bytes
+    ]
+
+
+def _zeros(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
+    """Zero bytes for spans of a file, piece by piece: a file that was there may hold others."""
+    for offset, length in spans:
+        for start in range(0, length, len(ZEROS)):
+            yield offset + start, ZEROS[: length - start]
 
 
 def _pieces(skeleton: Skeleton) -> Iterator[tuple[int, bytes]]:

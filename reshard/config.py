@@ -5,6 +5,7 @@ here, except what only the files of a checkpoint can tell.
 """
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,26 +15,20 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from reshard import yamltext
 from reshard.encodings import ENCODINGS, TOOL_ONLY
 from reshard.errors import ConfigError
 from reshard.families.model import Json
 from reshard.families.releases import VERSIONS
 from reshard.formats.options import Mesh, Options
 from reshard.schema import EngineConfig, Schema, SourceConfig, TargetConfig
-from reshard.topologies import (
-    AXES,
-    container,
-    first_line,
-    near,
-    read_model,
-    read_yaml,
-    readable,
-    resolve,
-)
+from reshard.topologies import AXES, near, read_model, resolve
+from reshard.yamltext import container, first_line, readable, shown
 
 MAX_TIMEOUT = 1e7
 MAX_MULTIPLE = 1 << 20
 MAX_FACTOR = 1024.0
+MAX_NAME_BYTES = 255
 TEXT_KEYS = frozenset(
     f"{side}.{key}"
     for side in ("src", "dst")
@@ -88,6 +83,7 @@ class Engine:
     backend: str
     timeout: float
     fsync: bool
+    verify: bool
     require_complete: bool
 
 
@@ -108,13 +104,13 @@ def parse_size(text: str, key: str) -> int:
         r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]i?B|)", str(text).strip(), re.IGNORECASE
     )
     if match is None:
-        raise ConfigError(f"{key}: `{text}` is not a size; write it like 256MiB or 5GB")
+        raise ConfigError(f"{key}: `{shown(text)}` is not a size; write it like 256MiB or 5GB")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def load(src: str | None, dst: str | None, overrides: Sequence[str], file: str | None) -> JobConfig:
     """Merge topologies, job file and overrides, in this order, and check all of it."""
-    tree = read_yaml(Path(file)) if file else {}
+    tree = yamltext.read(Path(file)) if file else {}
     given = _merge([tree, _dotlist(overrides), _topologies(src, dst)], "configuration")
     sides = {}
     for name in ("src", "dst"):
@@ -135,16 +131,17 @@ def _dotlist(overrides: Sequence[str]) -> dict[str, Json]:
     for item in overrides:
         key, equals, _ = item.partition("=")
         if not equals or not re.fullmatch(r"(src|dst|engine)(\.\w+)+", key):
-            raise ConfigError(f"`{item}` is not KEY=VALUE with a key below src, dst or engine")
+            raise ConfigError(
+                f"`{shown(item)}` is not KEY=VALUE with a key below src, dst or engine"
+            )
     # A path may look like anything: text is taken as it stands, only the rest is read as YAML.
     texts = [item for item in overrides if item.partition("=")[0] in TEXT_KEYS]
+    typed = yamltext.dotlist([item for item in overrides if item not in texts], "command line")
     with readable("command line"):
-        typed = OmegaConf.from_dotlist([item for item in overrides if item not in texts])
-    for item in texts:
-        key, _, value = item.partition("=")
-        OmegaConf.update(typed, key, value)
-    with readable("command line"):
-        return container(typed, "command line")
+        for item in texts:
+            key, _, value = item.partition("=")
+            OmegaConf.update(typed, key, value)
+    return container(typed, "command line")
 
 
 def _merge(trees: Sequence[Mapping[str, Json]], name: str) -> dict[str, Json]:
@@ -162,7 +159,7 @@ def _typed(trees: Sequence[Mapping[str, Json]]) -> Schema:
         return cast(Schema, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
-        raise ConfigError(f"{key or 'configuration'}: {first_line(error)}") from None
+        raise ConfigError(f"{shown(key or 'configuration')}: {first_line(error)}") from None
 
 
 def _check_keys(tree: Mapping[str, Json]) -> None:
@@ -170,15 +167,17 @@ def _check_keys(tree: Mapping[str, Json]) -> None:
     levels = {"src": SourceConfig, "dst": TargetConfig, "engine": EngineConfig}
     for name, branch in tree.items():
         if name not in levels:
-            raise ConfigError(f"unknown key `{name}`: {near(str(name), list(levels))}")
+            raise ConfigError(f"unknown key `{shown(name)}`: {near(str(name), list(levels))}")
         if not isinstance(branch, Mapping):
-            raise ConfigError(f"`{name}` is {branch!r}, expected keys and values")
+            raise ConfigError(f"`{name}` is {reprlib.repr(branch)}, expected keys and values")
         known = [item.name for item in fields(levels[name])]
         for key, value in branch.items():
             if key not in known:
-                raise ConfigError(f"unknown key `{name}.{key}`: {near(str(key), known)}")
+                raise ConfigError(f"unknown key `{name}.{shown(key)}`: {near(str(key), known)}")
             if f"{name}.{key}" in TEXT_KEYS and not isinstance(value, str | None):
-                raise ConfigError(f"{name}.{key} is {value!r}, expected text; put it in quotes")
+                raise ConfigError(
+                    f"{name}.{key} is {reprlib.repr(value)}, expected text; put it in quotes"
+                )
             if key == "mesh" and value is not None:
                 _check_axes(f"{name}.mesh", value)
 
@@ -186,9 +185,9 @@ def _check_keys(tree: Mapping[str, Json]) -> None:
 def _check_axes(key: str, mesh: Json) -> None:
     """Refuse a mesh that is not sizes by axis."""
     if not isinstance(mesh, Mapping):
-        raise ConfigError(f"{key} is {mesh!r}, expected sizes by axis, like {{tp: 4}}")
+        raise ConfigError(f"{key} is {reprlib.repr(mesh)}, expected sizes by axis, like {{tp: 4}}")
     if wrong := [axis for axis in mesh if axis not in AXES]:
-        raise ConfigError(f"unknown key `{key}.{wrong[0]}`: {near(str(wrong[0]), AXES)}")
+        raise ConfigError(f"unknown key `{key}.{shown(wrong[0])}`: {near(str(wrong[0]), AXES)}")
 
 
 def _checked(schema: Schema) -> JobConfig:
@@ -216,16 +215,17 @@ def _checked(schema: Schema) -> JobConfig:
             engine.backend,
             engine.timeout,
             engine.fsync,
+            engine.verify,
             engine.require_complete,
         ),
         schema.src.replicas == "strict",
-        Path(schema.dst.like) if schema.dst.like else None,
+        _path(schema.dst.like, "dst.like"),
     )
 
 
 def _one_of(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise ConfigError(f"{key}: `{value}`: {near(value, known)}")
+        raise ConfigError(f"{key}: `{shown(value)}`: {near(value, known)}")
 
 
 def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
@@ -257,7 +257,7 @@ def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
     )
     if isinstance(config, SourceConfig):
         options = _of_source(options, config)
-    path = Path(config.path).expanduser() if config.path else None
+    path = _path(config.path, f"{name}.path")
     plain = type(config)()
     given = [item.name for item in fields(config) if item.name not in COMMON_KEYS[name]]
     changed = frozenset(key for key in given if getattr(config, key) != getattr(plain, key))
@@ -265,6 +265,20 @@ def _side(config: SourceConfig | TargetConfig, name: str) -> Side:
     among = tuple(config.format.split("|")) if config.format else ()
     only = among[0] if len(among) == 1 else None
     return Side(only, path, options, DTYPES.get(config.dtype), changed, among)
+
+
+def _path(text: str | None, key: str) -> Path | None:
+    """A path that can be asked for: no part of it is longer than a name can be."""
+    if not text:
+        return None
+    if max(map(len, text.encode().split(b"/"))) > MAX_NAME_BYTES:
+        raise ConfigError(
+            f"{key}: `{shown(text)}...` has a part of more than {MAX_NAME_BYTES} bytes"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: `{shown(text)}`: {first_line(error)}") from None
 
 
 def _of_source(options: Options, config: SourceConfig) -> Options:
@@ -280,7 +294,7 @@ def _of_source(options: Options, config: SourceConfig) -> Options:
         rope_factor=config.rope_factor,
         version=None if config.version == "auto" else config.version,
         instruct=config.instruct,
-        assets=_folder(Path(config.assets).expanduser() if config.assets else None),
+        assets=_folder(_path(config.assets, "src.assets")),
         file=config.file,
         vocab=_vocabulary(config.vocab),
     )
@@ -291,7 +305,9 @@ def _vocabulary(asked: str | None) -> int | str | None:
     if asked is None or asked == "tokenizer":
         return asked
     if re.fullmatch(r"[1-9]\d{0,9}", asked) is None:
-        raise ConfigError(f"src.vocab: `{asked}` is neither a number of rows nor `tokenizer`")
+        raise ConfigError(
+            f"src.vocab: `{shown(asked)}` is neither a number of rows nor `tokenizer`"
+        )
     return int(asked)
 
 

@@ -6,6 +6,7 @@ NCCL.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -13,13 +14,22 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch.distributed import distributed_c10d
+from torch.distributed import (  # type: ignore[attr-defined]  # not in the stubs
+    HashStore,
+    TCPStore,
+    distributed_c10d,
+)
 
-from reshard.errors import ConfigError, PeerError, ReshardError
-from reshard.watcher import Activity, Watcher, report_failure
+from reshard.errors import ConfigError, PeerError, ReshardError, told
+from reshard.parent import PARENT
+from reshard.watcher import Activity, Place, Watcher, end_with, report_failure
 
 PATIENCE = timedelta(days=30)
+STORE_PATIENCE = timedelta(seconds=30)
 T = TypeVar("T")
+
+# Where torchrun started this process, the job ends with it.
+_launcher = PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def launched_rank() -> int:
@@ -30,6 +40,77 @@ def launched_rank() -> int:
 def launched_world() -> int:
     """The number of ranks that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def end_with_launcher(over: Callable[[], bool]) -> None:
+    """End this process soon after a launcher that has to live on, until `over`."""
+    if _launcher is not None:
+        end_with(_launcher, over, speaks=_speaks())
+
+
+def _speaks() -> bool:
+    """Whether this rank says what concerns its machine alone."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def launcher_lives() -> bool:
+    """Whether whoever has to live on while this process does so."""
+    return _launcher in (None, os.getppid())
+
+
+def refused_before() -> bool:
+    """Whether an earlier attempt of the launcher at this very job was refused, and said so."""
+    store = _launchers_store() if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else None
+    return store is not None and store.check(["refused"])
+
+
+def remember_refusal() -> None:
+    """Have later attempts of the launcher end without a word."""
+    store = _launchers_store()
+    if store is not None:
+        store.set("refused", "")
+
+
+def _launchers_store(prefix: str = "reshard") -> distributed_c10d.Store | None:
+    """The store that outlives an attempt, which torchrun holds; None where there is none."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*place, is_master=False, timeout=STORE_PATIENCE)
+    except (KeyError, ValueError, RuntimeError):
+        return None
+    return distributed_c10d.PrefixStore(prefix, store)
+
+
+def _meeting_place(limit: timedelta) -> dict[str, object]:
+    """Where the ranks of this attempt meet, as init_process_group takes it; {}: where it finds out.
+
+    torchrun's store keeps what ranks of earlier attempts said of themselves: in torch 2.13 a rank
+    would try for ever to reach one that is gone.
+    """
+    if launched_world() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = _launchers_store(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
+    if store is None:
+        raise PeerError("the ranks could not meet: the store of their launcher is not there")
+    store.set_timeout(limit)
+    return {"store": store, "rank": launched_rank(), "world_size": launched_world()}
+
+
+def _meet(backend: str, limit: timedelta) -> PartialState:
+    """The state of this process once all ranks have met, for which they have until `limit`."""
+    try:
+        with warnings.catch_warnings():  # of accelerate's choice of threads, which is ours
+            warnings.simplefilter("ignore")
+            return PartialState(
+                cpu=backend == "gloo",
+                backend=backend if launched_world() > 1 else None,
+                timeout=limit,
+                **_meeting_place(limit),
+            )
+    except RuntimeError as error:
+        raise PeerError(f"the ranks could not meet: {_first_line(error)}") from None
 
 
 def choose_backend(asked: str, local_ranks: int, devices: int) -> tuple[str, str | None]:
@@ -71,23 +152,22 @@ class Ranks:
     def __init__(self, backend: str = "auto", timeout: float = 1800.0) -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         chosen, self.remark = choose_backend(backend, local, torch.cuda.device_count())
-        limit = timedelta(seconds=timeout + 60)
-        state = PartialState(
-            cpu=chosen == "gloo", backend=chosen if launched_world() > 1 else None, timeout=limit
-        )
+        state = _meet(chosen, timedelta(seconds=timeout + 60))
         self.rank, self.world = state.process_index, state.num_processes
         self.device = state.device if chosen == "nccl" else torch.device("cpu")
         self.backend = chosen
-        self._watcher: Watcher | None = None
         self._control: dist.ProcessGroup | None = None
+        store: distributed_c10d.Store = HashStore()
+        torch.set_num_threads(1)  # copies of microseconds wait for no pool of threads
         if self.world > 1:
-            torch.set_num_threads(1)
             self._control = dist.new_group(backend="gloo") if chosen == "nccl" else dist.group.WORLD
             # Once all have met, the watcher alone tells a rank that hangs from one that takes long.
             for group in (dist.group.WORLD, self._control):
                 distributed_c10d._set_pg_timeout(PATIENCE, group)
-            self._watcher = Watcher(_own_store(), self.rank, self.world, timeout)
-            self._watcher.start()
+            store = _own_store()
+        place = Place(self.rank, self.world, _speaks(), _launcher)
+        self._watcher = Watcher(store, place, timeout, remember_refusal)
+        self._watcher.start()
 
     @property
     def cuda(self) -> bool:
@@ -96,14 +176,28 @@ class Ranks:
 
     def phase(self, name: str) -> None:
         """Say what this rank does from here on."""
-        if self._watcher is not None:
-            self._watcher.activity.phase = name
-            self.step()
+        self.step()
+        self._watcher.enter(name)
 
     def step(self) -> None:
         """Say that this rank has got on."""
-        if self._watcher is not None:
-            self._watcher.activity.steps += 1
+        self._watcher.activity.steps += 1
+
+    def resumable(self, under_way: bool) -> None:
+        """Say whether the same command would now go on with what was done, should this job fail."""
+        self._watcher.resumable = under_way
+
+    def trouble(self, error: BaseException) -> None:
+        """Have an error of another thread end all ranks, even while this one's main thread waits.
+
+        Alone there is nobody to wait for: the main thread will come upon it.
+        """
+        if self.world > 1:
+            self._watcher.trouble(*told(error))
+
+    def at_exit(self, cleanup: Callable[[], object]) -> None:
+        """Call `cleanup` where this process is ended at once, from another thread."""
+        self._watcher.cleanups.append(cleanup)
 
     def barrier(self, name: str) -> None:
         """Wait for all ranks, in the phase `name`."""
@@ -174,24 +268,27 @@ class Ranks:
         """Make a collective call; a peer that is gone is the watcher's business."""
         if self.world == 1:
             return
-        activity = self._watcher.activity if self._watcher is not None else Activity()
+        activity: Activity = self._watcher.activity
         activity.waiting = True
         try:
             call()
         except RuntimeError as error:
-            first = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
             raise PeerError(
-                f"lost contact with another rank in phase `{activity.phase}` ({first[:120]})"
+                f"lost contact with another rank in phase `{activity.phase}` ({_first_line(error)})"
             ) from None
         finally:
             activity.waiting = False
 
     def fail(self, message: str, code: int, *, secondary: bool) -> None:
-        """End all ranks with one line; a `secondary` failure first waits for its cause to show."""
-        if self._watcher is None:
-            report_failure(message)
+        """End all ranks with one line; a `secondary` failure first waits for its cause to show.
+
+        Returns only where there is no other rank.
+        """
+        if self.world == 1:
+            if code == 2:
+                remember_refusal()
+            report_failure(self._watcher.line(message, code))
+            self._watcher.stop()
             return
         if secondary and (found := self._watcher.verdict()) is not None:
             self._watcher.leave(found)
@@ -199,6 +296,9 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the job in good order."""
-        if self._watcher is not None:
-            self._watcher.stop()
-            self._watcher = None
+        self._watcher.stop()
+
+
+def _first_line(error: Exception) -> str:
+    """What an error of torch says first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

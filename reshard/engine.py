@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from isal import isal_zlib
@@ -38,6 +38,7 @@ from reshard.storage import Files
 
 RESERVED_BYTES = 12 << 20
 MAX_ROUND_BYTES = 16 << 20
+T = TypeVar("T")
 
 
 class Exchange(Protocol):
@@ -107,7 +108,8 @@ class Engine:
     """One rank's part in a plan.
 
     `capacity` is the size of each buffer in bytes. `done` holds the runs that an earlier
-    attempt has written and that are intact.
+    attempt has written and that are intact. `on_error` is told of an error in a thread of the
+    engine's when it happens; `run` raises it when it comes upon it.
     """
 
     def __init__(
@@ -122,11 +124,12 @@ class Engine:
         journal: Journal,
         done: Table,
         pinned: bool = False,
+        on_error: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._plan, self._rank, self._done = plan, rank, done
         self._source_files, self._source = source
         self._target_files, self._target = target
-        self._exchange, self._journal = exchange, journal
+        self._exchange, self._journal, self._on_error = exchange, journal, on_error
         self._file_numbers = {file: number for number, file in enumerate(plan.target.files)}
         self._reading = [Buffer(capacity, pinned=pinned) for _ in range(2)]
         self._writing = [Buffer(capacity, pinned=pinned) for _ in range(2)]
@@ -139,24 +142,25 @@ class Engine:
         self._capacity = capacity
         self.counters = Counters()
         self.checks: list[Check] = []
-        # One for each thread that counts: what is read here, what is coded where it is written.
+        # One for each thread that counts: where it reads, and where it codes and writes.
         self.losses = Losses(), Losses()
+        self._resumed = [0, 0]
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Go through all rounds; `progress` is called with the bytes of blocks that are done."""
         rounds = self._plan.rounds(self._rank, self._capacity, ALIGN)
         with ThreadPoolExecutor(1, "reading") as reader, ThreadPoolExecutor(1, "writing") as writer:
             number, written = 0, None
-            loading: Future[Round | None] = reader.submit(self._load, rounds, self._reading[0])
+            loading = self._begin(reader, self._load, rounds, self._reading[0])
             try:
                 while (current := loading.result()) is not None:
                     number += 1
-                    loading = reader.submit(self._load, rounds, self._reading[number % 2])
+                    loading = self._begin(reader, self._load, rounds, self._reading[number % 2])
                     source, target = self._reading[(number - 1) % 2], self._writing[number % 2]
                     self._assemble(current, source, target)
                     if written is not None:
                         progress(written.result())
-                    written = writer.submit(self._write, current, target)
+                    written = self._begin(writer, self._write, current, target)
                 if written is not None:
                     progress(written.result())
             finally:
@@ -164,6 +168,21 @@ class Engine:
                 writer.shutdown(cancel_futures=True)
         self.counters.read = self._source_files.nbytes
         self.counters.written = self._target_files.nbytes
+        self.counters.resumed = sum(self._resumed)
+
+    def _begin(
+        self, thread: ThreadPoolExecutor, work: Callable[..., T], *arguments: object
+    ) -> "Future[T]":
+        """Have another thread do a part; its error is told at once, whatever this one waits for."""
+
+        def told() -> T:
+            try:
+                return work(*arguments)
+            except BaseException as error:
+                self._on_error(error)
+                raise
+
+        return thread.submit(told)
 
     # Stage 1: read.
 
@@ -174,7 +193,7 @@ class Engine:
             return None
         blocks = sum(move.block.region.numel * move.pieces[0][1].dtype.itemsize for move in moves)
         current = Round([move for move in moves if not self._finished(move)], blocks)
-        self.counters.resumed += self._own_bytes(moves) - self._own_bytes(current.moves)
+        self._resumed[0] += self._own_bytes(moves) - self._own_bytes(current.moves)
         wanted = [
             (place, stored)
             for place, move in enumerate(current.moves)
@@ -300,7 +319,7 @@ class Engine:
                 self.losses[1].count_coded(piece.stored.slot.parameter, coded)
                 view, crc = coded.memory, isal_zlib.crc32(coded.memory)
                 if self._done.get(number, offset) == crc:
-                    self.counters.resumed += view.nbytes
+                    self._resumed[1] += view.nbytes
                     continue
                 records.append(Record(number, offset, view.nbytes, crc))
                 runs.append((piece.stored.file, offset, view))

@@ -1,10 +1,18 @@
 """What can go wrong, by kind; a message is one line: the thing, found and expected, what to do."""
 
 
+def printable(text: str) -> str:
+    """Text in one line, as a terminal may have it: names in files may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class ReshardError(Exception):
     """Base of all errors that the program reports in one line."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class ConfigError(ReshardError):
@@ -43,3 +51,18 @@ class PeerError(ReshardError):
 
 class VerifyError(ReshardError):
     """Two checkpoints differ, or a checkpoint differs from its manifest."""
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """What to say of an error in one line, and the exit code; a bug still is one line."""
+    if isinstance(error, ReshardError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 1
+    if isinstance(error, MemoryError):
+        return "out of memory; a smaller engine.memory, or fewer ranks per machine, take less", 1
+    if isinstance(error, OSError):
+        where = f"`{error.filename}`: " if error.filename else ""
+        return printable(f"{where}{error.strerror or error}"), 1
+    text = printable(" ".join(str(error).split()))[:200]
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)", 1

@@ -5,27 +5,32 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from reshard import assets, formats
+from reshard import assets, damage, formats
 from reshard.assets import Readiness
 from reshard.errors import CheckpointError, ConfigError, LayoutError, UndescribedError
 from reshard.families.carried import CarriedConfig
 from reshard.formats import common
 from reshard.formats.options import Options, Scan
 from reshard.units import size_text
+from reshard.verify import has_manifest
 
 STEP_BYTES = 4 << 20
-UNKNOWN = "unknown"
-CONFIGS = (common.CONFIG, "params.json", "model_config.json")
+UNKNOWN, UNFINISHED = "unknown", "unfinished"
+PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What a directory holds; `scan` is None where it cannot be told."""
+    """What a directory holds; `scan` is None where it cannot be told.
+
+    `beside` are lines on what jobs have left around it, which are no faults of its own.
+    """
 
     path: Path
     format: str
     scan: Scan | None
     problems: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """All facts, for programs."""
@@ -34,16 +39,21 @@ class Findings:
             "format": self.format,
             **(_facts(self.scan) if self.scan is not None else {}),
             "problems": list(self.problems),
+            "beside": list(self.beside),
             "healthy": not self.problems,
         }
 
     def lines(self) -> list[str]:
         """The same for a person."""
         name = self.scan.layout.name if self.scan is not None else self.format
+        more = len(self.problems) - PROBLEMS_SHOWN
         return [
             f"{self.path}: {name}",
             *(_lines(self.scan) if self.scan is not None else ()),
-            *(f"  PROBLEM     {line}" for line in self.problems),
+            f"  manifest    {'yes: verify checks every byte' if has_manifest(self.path) else 'no'}",
+            *(f"  PROBLEM     {line}" for line in self.problems[:PROBLEMS_SHOWN]),
+            *([f"  ... and {more} more problems (--json has all)"] if more > 0 else ()),
+            *(f"  beside      {line}" for line in self.beside),
             f"  health      {self._health()}",
         ]
 
@@ -51,23 +61,31 @@ class Findings:
         """In a word, whether it can be used."""
         if not self.problems:
             return "good"
+        if self.format == UNFINISHED:
+            return UNFINISHED
         undescribed = self.scan is not None and self.scan.model.model_type == UNKNOWN
         return "good, but its model is not known" if undescribed else "damaged"
 
 
 def inspect(path: Path, options: Options, *, checksums: bool = False) -> Findings:
-    """Look at a checkpoint; a header or a checksum that is wrong is a problem."""
-    known = formats.detect(path)
+    """Look at a checkpoint; whatever of it is damaged is a problem, be it ever so much."""
+    beside = tuple(damage.left_beside(path))
+    if (unfinished := damage.unfinished(path)) is not None:
+        return Findings(path, UNFINISHED, None, (unfinished,), beside)
     problems: list[str] = []
-    scan = None
+    found, scan = UNKNOWN, None
     try:
+        known = formats.detect(path)
+        found = known.NAME
         scan = _scan(known, path, options, problems)
-        common.check_headers(scan, scan.layout.files)
     except (CheckpointError, LayoutError, ConfigError) as error:
+        if found == UNKNOWN and not damage.found_in(path, None):
+            raise CheckpointError("; beside it: ".join([str(error), *beside[:1]])) from None
         problems.append(str(error))
+    problems += damage.found_in(path, scan)
     if checksums:
         problems += _checklist(path)
-    return Findings(path, known.NAME, scan, tuple(problems))
+    return Findings(path, found, scan, tuple(dict.fromkeys(problems)), beside)
 
 
 def _scan(known: formats.Format, path: Path, options: Options, problems: list[str]) -> Scan:
@@ -97,7 +115,7 @@ def _facts(scan: Scan) -> dict[str, object]:
         "left_behind": list(scan.left_behind),
         "ready": list(_readiness(scan).ready),
         "missing": list(_readiness(scan).missing),
-        "manifest": _has_manifest(scan),
+        "manifest": has_manifest(scan.root),
     }
 
 
@@ -112,7 +130,6 @@ def _lines(scan: Scan) -> list[str]:
         f"  rotary      {_rope(scan)}",
         f"  ready       {', '.join(_readiness(scan).ready) or 'no small files'}",
         f"  missing     {', '.join(_readiness(scan).missing) or 'nothing'}",
-        f"  manifest    {'yes: verify checks every byte' if _has_manifest(scan) else 'no'}",
         *(f"  assumed     {line}" for line in scan.assumed),
         *(f"  left alone  {line}" for line in scan.left_behind),
     ]
@@ -141,7 +158,7 @@ def _readiness(scan: Scan) -> Readiness:
     names = [
         name
         for folder in dict.fromkeys((scan.root, *scan.folders, *_asked(scan)))
-        for name in assets.present(folder, {*formats.asset_names(), *CONFIGS})
+        for name in assets.present(folder, {*formats.asset_names(), *damage.CONFIGS})
     ]
     names += scan.inside
     record = scan.model.to_json().get("config")
@@ -151,10 +168,6 @@ def _readiness(scan: Scan) -> Readiness:
 
 def _asked(scan: Scan) -> tuple[Path, ...]:
     return () if scan.options.assets is None else (scan.options.assets,)
-
-
-def _has_manifest(scan: Scan) -> bool:
-    return (scan.root / common.MANIFEST).is_file()
 
 
 def _checklist(path: Path) -> list[str]:

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from reshard import commit, journal
@@ -15,15 +14,17 @@ from reshard.config import JobConfig
 from reshard.distributed import Ranks
 from reshard.engine import Counters, Engine, round_bytes
 from reshard.errors import CheckpointError, ConfigError, StorageError
+from reshard.finish import Finish, library_versions
 from reshard.formats import common
 from reshard.formats.options import Scan
 from reshard.geometry import whole
 from reshard.journal import Journal, Record, Table
 from reshard.plan import Plan
-from reshard.prepare import Prepared, job_digest, prepare, small_files
+from reshard.prepare import Prepared, job_digest, prepare
+from reshard.progress import Progress
 from reshard.replicas import compare
-from reshard.report import Figures, Progress, Report, memory_of
-from reshard.storage import Files, allocated_bytes, crc32_of, require_space
+from reshard.report import Figures, Report, memory_of
+from reshard.storage import Files, allocated_bytes, crc32_of, forget, require_space
 from reshard.workspace import State, Workspace, require_apart, require_shared
 
 
@@ -88,12 +89,15 @@ class _Run:
             ranks.together(lambda: stack.enter_context(self._locked()))
             state = ranks.gather(ranks.together(lambda: self._begin(force)))[0]
             if state is not State.DONE:
+                ranks.resumable(True)
                 moved = time.monotonic()
                 places = commit.TargetPlaces(self.plan.target)
                 counters, warnings = self._move(places, state)
                 seconds["move"], committing = time.monotonic() - moved, time.monotonic()
-                counters.written += self._commit(places)
+                rest = Finish(self.prepared, self.scan, self.plan, ranks, self.workspace)
+                counters.written += rest.run(places)
                 seconds["commit"] = time.monotonic() - committing
+                ranks.resumable(False)
         return self._report(state, seconds, counters, warnings)
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
@@ -157,6 +161,7 @@ class _Run:
             journal=records,
             done=done,
             pinned=ranks.cuda,
+            on_error=ranks.trouble,
         )
         ranks.phase("move")
         with Progress(self._share(), ranks.rank == 0, ranks.step) as progress:
@@ -181,6 +186,10 @@ class _Run:
         """The runs of earlier attempts that are still intact, checked by all ranks together."""
         ranks = self.ranks
         ranks.phase("resume")
+        for file in self._own_files():
+            # What a sync failed to bring to the disk may still be in memory, where it looks right.
+            with contextlib.suppress(StorageError):  # what is lost is written again
+                forget(self.workspace.data / file)
         table = ranks.together(lambda: Table.read(self.workspace.journals, ranks.step))
         ranks.agree("state of the journals", table.digest())
         own = ranks.together(lambda: table.check(self._intact, ranks.rank, ranks.world))
@@ -213,85 +222,9 @@ class _Run:
         except CheckpointError:
             if self.ranks.rank == 0:
                 self.workspace.discard()
+            self.ranks.resumable(False)
             raise
         return warnings
-
-    def _commit(self, places: commit.TargetPlaces) -> int:
-        """Finish the files of this rank; rank 0 adds the small ones and publishes.
-
-        Returns the bytes of the small files.
-        """
-        ranks, fsync = self.ranks, self.prepared.config.engine.fsync
-        ranks.phase("commit")
-        finished = ranks.together(lambda: self._finish_files(places, fsync))
-        parts = ranks.gather(finished)
-        small = 0
-        if ranks.rank == 0:
-            small = self._publish(
-                places, {name: record for part in parts for name, record in part.items()}, fsync
-            )
-        ranks.barrier("published")
-        return small
-
-    def _finish_files(
-        self, places: commit.TargetPlaces, fsync: bool
-    ) -> dict[str, dict[str, object]]:
-        """Prove, patch and sync the files of this rank; their records for the manifest."""
-        ranks, target = self.ranks, self.plan.target
-        table = Table.read(self.workspace.journals, ranks.step, ranks.rank, ranks.world)
-        records = {}
-        for number in range(ranks.rank, len(target.files), ranks.world):
-            ranks.step()
-            file = target.files[number]
-            extents = commit.finish_file(
-                self.workspace.data,
-                target,
-                file,
-                places.skeleton(file),
-                table.of_file(number),
-                fsync=fsync,
-            )
-            records[file] = commit.file_record(extents)
-        return records
-
-    def _publish(
-        self, places: commit.TargetPlaces, records: dict[str, dict[str, object]], fsync: bool
-    ) -> int:
-        """Write the small files and the manifest, and give the directory its name."""
-        prepared, data = self.prepared, self.workspace.data
-        closing = prepared.target_format.closing_files(
-            prepared.target, prepared.target_options, places.skeleton
-        )
-        small = {
-            name: commit.write_pieces(data / name, pieces, what, fsync=fsync)
-            for what, group in (("text", small_files(prepared)), ("header", closing))
-            for name, pieces in group.items()
-        }
-        body = {
-            "job": self.workspace.digest,
-            "source": {
-                "layout": prepared.source.name,
-                "files": len(prepared.source.files),
-                "bytes": prepared.source.total_bytes(),
-            },
-            "target": {
-                "layout": prepared.target.name,
-                "format": prepared.target_format.NAME,
-                "declared": prepared.target_format.declared(prepared.target_options),
-            },
-            "model": prepared.target_model.to_json(),
-            "notes": list(prepared.notes),
-            "left_behind": list(self.scan.left_behind),
-            "libraries": library_versions(self.plan),
-            "files": {**records, **small},
-        }
-        listed = commit.manifest(body)
-        commit.write_pieces(data / common.MANIFEST, (listed,), "text", fsync=fsync)
-        if fsync:
-            commit.sync_directories(data)
-        written = sum((data / name).stat().st_size for name in (*small, common.MANIFEST))
-        self.workspace.publish(fsync=fsync)
-        return written
 
     def _report(
         self, state: State, seconds: dict[str, float], counters: Counters, warnings: list[str]
@@ -318,16 +251,3 @@ class _Run:
 def _file_bytes(path: Path) -> int:
     """Bytes of all files below a directory."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def library_versions(plan: Plan) -> dict[str, str]:
-    """The versions of the program and of the libraries that shape its output."""
-    found = {}
-    slots = (*plan.source.slots, *plan.target.slots)
-    codecs = ("gguf", "numpy") if any(slot.encoding is not None for slot in slots) else ()
-    for name in ("reshard", "torch", "safetensors", *codecs):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found

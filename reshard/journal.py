@@ -5,21 +5,19 @@ this checksum. It is believed only after the bytes were read back: a resumed run
 skips a piece.
 """
 
-import os
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
-from reshard.storage import explained
+from reshard.storage import Log, read_steps
 
 RECORD = struct.Struct("<IQQI")
 CHECK = struct.Struct("<I")
@@ -43,9 +41,7 @@ class Journal:
     """The journal that one rank appends to."""
 
     def __init__(self, directory: Path, attempt: int, rank: int) -> None:
-        self._path = directory / f"journal-{attempt:04d}-{rank:06d}"
-        with explained("create", self._path):
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  # closed by close()
+        self._log = Log(directory / f"journal-{attempt:04d}-{rank:06d}")
 
     def append(self, records: Iterable[Record]) -> None:
         """Add records in one write."""
@@ -53,29 +49,20 @@ class Journal:
         for record in records:
             body = RECORD.pack(record.file, record.offset, record.length, record.crc)
             data += body + CHECK.pack(isal_zlib.crc32(body))
-        rest = memoryview(data)
-        with explained("write", self._path):
-            while rest:
-                rest = rest[self._file.write(rest) :]
+        self._log.append(data)
 
     def sync(self) -> None:
         """Bring the records to the disk."""
-        with explained("sync", self._path):
-            os.fsync(self._file.fileno())
+        self._log.sync()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._log.close()
 
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -99,13 +86,12 @@ def read(directory: Path) -> Iterator[Record]:
 
 def _believed(path: Path) -> Iterator[bytes]:
     """The records of one journal that have their own checksum, many at a time, up to damage."""
-    with explained("read", path), open(path, "rb") as file:
-        while data := file.read(SIZE * READ_RECORDS):
-            whole = (data[start : start + SIZE] for start in range(0, len(data) - SIZE + 1, SIZE))
-            good = b"".join(item for item in whole if _proves_itself(item))
-            yield good
-            if len(good) < len(data):
-                break
+    for data in read_steps(path, SIZE * READ_RECORDS):
+        whole = (data[start : start + SIZE] for start in range(0, len(data) - SIZE + 1, SIZE))
+        good = b"".join(item for item in whole if _proves_itself(item))
+        yield good
+        if len(good) < len(data):
+            break
 
 
 def _proves_itself(item: bytes) -> bool:

@@ -1,15 +1,10 @@
 """What a person sees: progress, the plan as a table, the last line, and the JSON report."""
 
 import json
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
-
-from tqdm import tqdm
 
 from reshard.assets import Readiness
 from reshard.engine import Counters
@@ -20,7 +15,6 @@ from reshard.units import size_text
 if TYPE_CHECKING:
     from reshard.prepare import Prepared
 
-LINE_SECONDS = 10.0
 FILES_SHOWN = 16
 
 
@@ -30,52 +24,6 @@ def memory_of(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-class Progress:
-    """A bar on a terminal, a line every 10 s elsewhere, nothing on ranks that are not shown.
-
-    `on_step` is called at every step, to say that this rank gets on.
-    """
-
-    def __init__(self, total: int, shown: bool, on_step: Callable[[], None]) -> None:
-        self._total, self._shown, self._on_step = total, shown, on_step
-        self._done, self._begun = 0, time.monotonic()
-        self._next = self._begun + LINE_SECONDS
-        terminal = shown and sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=total, unit="B", unit_scale=True, desc="moving") if terminal else None
-        )
-
-    def add(self, nbytes: int) -> None:
-        """Count `nbytes` more."""
-        self._on_step()
-        self._done += nbytes
-        if self._bar is not None:
-            self._bar.update(nbytes)
-        elif self._shown and time.monotonic() >= self._next:
-            self._next += LINE_SECONDS
-            passed = time.monotonic() - self._begun
-            left = passed * (self._total - self._done) / max(self._done, 1)
-            speed = size_text(self._done / passed)
-            share = 100 * self._done // max(self._total, 1)
-            print(
-                f"moving: {share}% of {size_text(self._total)}, {speed}/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 @dataclass(frozen=True, slots=True)

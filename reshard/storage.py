@@ -1,7 +1,12 @@
-"""Positional I/O in large steps, with counters: no mmap, no seek, no allocation."""
+"""All that this program does to files: positional I/O in large steps, logs, locks, directories.
+
+No mmap, no seek, no allocation while data moves. Every system call that changes the file system is
+made here, so that a failure of any is one line that names the file, and can be rehearsed.
+"""
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections import OrderedDict
@@ -14,22 +19,12 @@ from reshard.errors import CheckpointError, ConfigError, StorageError
 
 MAX_BUFFERS = 512
 OPEN_FILES = 64
-CRC_BYTES = 4 << 20
+STEP_BYTES = 4 << 20
+# What file systems say that have no flock.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 # `os.preadv` or `os.pwritev`: descriptor, buffers and offset to the number of bytes done.
 VectoredCall = Callable[[int, list[memoryview], int], int]
-
-
-def read_bytes(path: Path, offset: int, count: int) -> bytes:
-    """`count` bytes of a file; a file that ends before is a CheckpointError."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), count, offset)
-    except OSError as error:
-        raise StorageError(f"`{path}`: cannot read: {error.strerror}") from None
-    if len(data) < count:
-        raise CheckpointError(f"`{path}`: truncated: ends before byte {offset + count}")
-    return data
 
 
 @contextlib.contextmanager
@@ -38,25 +33,69 @@ def explained(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = (
-            "; free some space and run the same command again to go on"
-            if error.errno == errno.ENOSPC
-            else ""
-        )
+        hint = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise StorageError(f"`{path}`: cannot {what}: {error.strerror or error}{hint}") from None
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor for as long as it is needed."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int, count: int, offset: int) -> bytes:
+    """`count` bytes, or as many as there are: one call may give fewer."""
+    data = os.pread(descriptor, count, offset)
+    while 0 < len(data) < count:
+        more = os.pread(descriptor, count - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def read_bytes(path: Path, offset: int, count: int) -> bytes:
+    """`count` bytes of a file; a file that ends before is a CheckpointError."""
+    with explained("read", path), _opened(path, os.O_RDONLY) as descriptor:
+        data = _read(descriptor, count, offset)
+    if len(data) < count:
+        raise CheckpointError(f"`{path}`: truncated: ends before byte {offset + count}")
+    return data
+
+
+def read_steps(path: Path, step: int) -> Iterator[bytes]:
+    """All bytes of a file, `step` at a time."""
+    position = 0
+    with explained("read", path), _opened(path, os.O_RDONLY) as descriptor:
+        while data := _read(descriptor, step, position):
+            position += len(data)
+            yield data
 
 
 def crc32_of(path: Path, start: int, length: int, crc: int = 0) -> int:
     """CRC32 of `length` bytes of a file, read in steps, going on from `crc`."""
     end = start + length
-    with explained("read", path), open(path, "rb", buffering=0) as file:
+    with explained("read", path), _opened(path, os.O_RDONLY) as descriptor:
         while start < end:
-            data = os.pread(file.fileno(), min(CRC_BYTES, end - start), start)
+            data = os.pread(descriptor, min(STEP_BYTES, end - start), start)
             if not data:
                 raise CheckpointError(f"`{path}`: truncated: ends before byte {end}")
             crc = isal_zlib.crc32(data, crc)
             start += len(data)
     return crc
+
+
+def forget(path: Path) -> None:
+    """Have the next reader of a file get what the disk holds, not what memory still does.
+
+    After a failed sync the two may differ, and a second sync would not tell.
+    """
+    with explained("read", path), _opened(path, os.O_RDONLY) as descriptor:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Files:
@@ -82,7 +121,9 @@ class Files:
 
     def push(self, file: str, offset: int, length: int) -> None:
         """Have the kernel begin to bring written bytes to disk, so that the final sync is short."""
-        os.posix_fadvise(self._descriptor(file), offset, length, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # advice: the sync is what counts
+            advice = os.POSIX_FADV_DONTNEED
+            os.posix_fadvise(self._descriptor(file), offset, length, advice)
 
     def sync(self, on_step: Callable[[], None]) -> None:
         """Bring every file that was written to the disk; `on_step` is called after each."""
@@ -123,35 +164,106 @@ class Files:
                 rest[0] = rest[0][done:]
 
 
+class Log:
+    """A file that only grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with explained("create", path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._descriptor = os.open(path, flags, 0o666)
+
+    def append(self, data: bytes | bytearray) -> None:
+        """Add bytes at the end."""
+        rest = memoryview(data)
+        with explained("write", self._path):
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+
+    def sync(self) -> None:
+        """Bring all that was appended to the disk."""
+        with explained("sync", self._path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
 def create(path: Path, size: int, chunks: Iterable[tuple[int, bytes]]) -> None:
     """Make a file in its final size, `chunks` in place; an existing one keeps its other bytes."""
-    with explained("create", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            os.ftruncate(descriptor, size)
-            for offset, data in chunks:
-                view = memoryview(data)
-                while view:
-                    done = os.pwrite(descriptor, view, offset)
-                    view, offset = view[done:], offset + done
-        finally:
-            os.close(descriptor)
+    make_directory(path.parent)
+    with explained("create", path), _opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:
+        os.ftruncate(descriptor, size)
+        for offset, data in chunks:
+            view = memoryview(data)
+            while view:
+                done = os.pwrite(descriptor, view, offset)
+                view, offset = view[done:], offset + done
 
 
 def sync(path: Path) -> None:
     """Bring a file or a directory to the disk."""
-    with explained("sync", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with explained("sync", path), _opened(path, os.O_RDONLY) as descriptor:
+        os.fsync(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, where there is none."""
+    with explained("create", path):
+        os.makedirs(path, exist_ok=True)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file or a directory another name, at once or not at all."""
+    with explained(f"rename to `{new}`", old):
+        os.rename(old, new)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all that it holds."""
+    with explained("remove", path), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock `path`, whose file goes with it; or say False where another holds it."""
+    with contextlib.ExitStack() as stack:
+        with explained("lock", path):
+            descriptor = stack.enter_context(_opened(path, os.O_RDWR | os.O_CREAT))
+            ours = _taken(descriptor, path)
+        if ours:
+            stack.callback(_unlink, path)
+        yield ours
+
+
+def _unlink(path: Path) -> None:
+    """Remove a file that bars nobody where it stays."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _taken(descriptor: int, path: Path) -> bool:
+    """Whether the lock is ours, on the file that has the name now and not on one just removed."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(descriptor).st_ino == os.stat(path).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise StorageError(
+            f"`{path}`: cannot lock: {error.strerror}; dst.path needs a file system with flock "
+            "(Lustre: mounted with -o flock)"
+        ) from None
 
 
 def require_space(directory: Path, needed: int, present: int) -> None:
     """Refuse a target that does not fit; `present` bytes of it are there already."""
-    free = shutil.disk_usage(directory).free
+    with explained("look at", directory):
+        free = shutil.disk_usage(directory).free
     if needed - present > free:
         raise ConfigError(
             f"dst.path: needs {needed - present:,} bytes, but {free:,} are free in `{directory}`; "
@@ -161,4 +273,8 @@ def require_space(directory: Path, needed: int, present: int) -> None:
 
 def allocated_bytes(directory: Path) -> int:
     """Bytes that the files below `directory` take on the disk."""
-    return sum(file.stat().st_blocks * 512 for file in directory.rglob("*") if file.is_file())
+    with explained("look at", directory):
+        found = (
+            os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names
+        )
+        return sum(os.stat(file).st_blocks * 512 for file in found)

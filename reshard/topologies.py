@@ -1,21 +1,20 @@
 """What a name on the command line stands for: shipped topologies and models, files, directories."""
 
-import contextlib
 import difflib
+import os
 import re
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
-from omegaconf import DictConfig, OmegaConf
-
-from reshard import formats
-from reshard.errors import ConfigError, ReshardError
+from reshard import formats, yamltext
+from reshard.errors import ConfigError
 from reshard.families import Model
 from reshard.families.model import Json, from_hf
-from reshard.formats import common
+from reshard.yamltext import shown
 
 AXES = ("tp", "pp", "dp")
+MAX_WORD = 80
 
 
 def shipped() -> Path:
@@ -36,53 +35,26 @@ def model_names() -> list[str]:
 
 def near(word: str, known: Sequence[str]) -> str:
     """A hint with the closest of the known words."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word[:MAX_WORD], known, n=1)
     return f"did you mean `{close[0]}`?" if close else f"use one of {', '.join(known)}"
 
 
-@contextlib.contextmanager
-def readable(name: str) -> Iterator[None]:
-    """Turn the errors of OmegaConf and of the YAML parser below it into one line."""
-    try:
-        yield
-    except ReshardError:
-        raise
-    except Exception as error:  # the YAML parser's errors have no base that OmegaConf shares
-        raise ConfigError(f"`{name}`: not readable as YAML: {first_line(error)}") from None
-
-
-def read_yaml(path: Path) -> dict[str, Json]:
-    """A YAML file as plain data."""
-    text = common.read_text(path)
-    with readable(str(path)):
-        return container(OmegaConf.create(text), str(path))
-
-
-def container(value: object, name: str) -> dict[str, Json]:
-    """An OmegaConf node as plain data; anything but keys and values is refused."""
-    if not isinstance(value, DictConfig):
-        raise ConfigError(f"`{name}`: expected keys and values")
-    return cast(dict[str, Json], OmegaConf.to_container(value, resolve=True))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error of another library."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def resolve(spec: Json, side: str) -> dict[str, Json]:
-    """What a SPEC stands for: a directory, a YAML file, or a topology's name."""
+    """What a SPEC stands for: a directory, a YAML file, or a topology's name.
+
+    Names that no file can have are looked for too: `os.path` says no where `Path` raises.
+    """
     if not isinstance(spec, str):
-        raise ConfigError(f"{side}.topology: {spec!r} is not a name")
+        raise ConfigError(f"{side}.topology: {reprlib.repr(spec)} is not a name")
     path = Path(spec)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return read_yaml(path)
+    if path.suffix in (".yaml", ".yml") and os.path.isfile(path):
+        return yamltext.read(path)
     own = shipped() / f"{spec}.yaml"
-    if re.fullmatch(r"[\w.-]+", spec) and own.is_file():
-        return container(OmegaConf.create(own.read_text(encoding="utf-8")), spec)
+    if re.fullmatch(r"[\w.-]+", spec) and os.path.isfile(own):
+        return yamltext.read(own)
     if (like := numbered(spec)) is not None:
         return like
-    if path.is_dir():
+    if os.path.isdir(path):
         if side == "dst":
             raise ConfigError(
                 f"--dst {spec}: a directory is not a target; name a topology, "
@@ -90,8 +62,10 @@ def resolve(spec: Json, side: str) -> dict[str, Json]:
             )
         return {"path": spec}
     if "/" in spec or path.suffix in (".yaml", ".yml"):
-        raise ConfigError(f"--{side} {spec}: no such directory or file")
-    raise ConfigError(f"--{side}: topology `{spec}` is not known: {near(spec, topology_names())}")
+        raise ConfigError(f"--{side} {shown(spec)}: no such directory or file")
+    raise ConfigError(
+        f"--{side}: topology `{shown(spec)}` is not known: {near(spec, topology_names())}"
+    )
 
 
 def numbered(name: str) -> dict[str, Json] | None:
@@ -100,7 +74,7 @@ def numbered(name: str) -> dict[str, Json] | None:
     if not parts or "".join(word + number for word, number in parts) != name:
         return None
     if any(int(number) < 1 for _, number in parts):
-        raise ConfigError(f"topology `{name}`: sizes begin at 1")
+        raise ConfigError(f"topology `{shown(name)}`: sizes begin at 1")
     words = [word for word, _ in parts]
     if len(set(words)) != len(words):
         return None
@@ -109,9 +83,7 @@ def numbered(name: str) -> dict[str, Json] | None:
     like = next((known for known in topology_names() if pattern.fullmatch(known)), None)
     if like is None or not (on_axes or len(words) == 1):
         return None
-    tree = container(
-        OmegaConf.create((shipped() / f"{like}.yaml").read_text(encoding="utf-8")), like
-    )
+    tree = yamltext.read(shipped() / f"{like}.yaml")
     if on_axes:
         return {**tree, "mesh": {word: int(number) for word, number in parts}}
     mesh = tree["mesh"]
@@ -121,13 +93,14 @@ def numbered(name: str) -> dict[str, Json] | None:
 def read_model(spec: str) -> Model:
     """A model by its name in configs/models/, or by the path of a config.json."""
     path = Path(spec)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "config.json"
-    if path.is_file():
+    if os.path.isfile(path):
         return formats.read_model(path)
     own = shipped() / "models" / f"{spec}.yaml"
-    if re.fullmatch(r"[\w.-]+", spec) and own.is_file():
-        return from_hf(container(OmegaConf.create(own.read_text(encoding="utf-8")), spec), spec)
+    if re.fullmatch(r"[\w.-]+", spec) and os.path.isfile(own):
+        return from_hf(yamltext.read(own), spec)
     raise ConfigError(
-        f"src.model: `{spec}` is neither a file nor a known model: {near(spec, model_names())}"
+        f"src.model: `{shown(spec)}` is neither a file nor a known model: "
+        f"{near(spec, model_names())}"
     )

@@ -6,20 +6,19 @@ away.
 """
 
 import contextlib
-import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from reshard.errors import ConfigError, StorageError
+from reshard.errors import CheckpointError, ConfigError, StorageError
 from reshard.families.model import Json
 from reshard.formats import common
-from reshard.storage import explained, sync
+from reshard.storage import locked, make_directory, remove_tree, rename, sync
 
 DIGEST_SHOWN = 16
+DATA, REPLACED, DISCARDED = "data", "replaced", "discarded"
 
 
 class State(Enum):
@@ -54,7 +53,7 @@ class Workspace:
     @property
     def data(self) -> Path:
         """What will be the target."""
-        return self.partial / "data"
+        return self.partial / DATA
 
     @property
     def journals(self) -> Path:
@@ -77,48 +76,52 @@ class Workspace:
         blocked = next((p for p in path.parents if os.path.lexists(p) and not p.is_dir()), None)
         if blocked is not None:
             raise ConfigError(f"`{blocked}`: is not a directory; choose another dst.path")
-        with explained("create", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        if not _taken(descriptor, path):
-            os.close(descriptor)
-            raise ConfigError(
-                f"`{self.target}`: another job is writing it (`{path}` is locked); wait for it"
-            )
-        try:
+        make_directory(path.parent)
+        with locked(path) as ours:
+            if not ours:
+                raise ConfigError(
+                    f"`{self.target}`: another job is writing it (`{path}` is locked); wait for it"
+                )
             yield
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
 
     def begin(self, *, force: bool) -> State:
         """Look at what is there; refuse what must not be touched, discard what --force gives up."""
+        self._restore()
         if self.finished():
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self.discard()
             return State.DONE
         self._refuse_existing(force=force)
         for other in self._others():
-            if not force:
+            if not force and (other / DATA).is_dir():
                 raise ConfigError(
                     f"`{other}`: the partial result of a job with another source, "
                     "target or version; repeat that job's command to finish it, "
                     "remove the directory, or give --force to discard it"
                 )
-            shutil.rmtree(other)
+            remove_tree(other)
         return State.RESUMED if self.journals.is_dir() else State.FRESH
+
+    def _restore(self) -> None:
+        """Put back a target that a job had moved out of the way when it was stopped."""
+        for partial in (self.partial, *self._others()):
+            old = partial / REPLACED
+            if old.is_dir() and not os.path.lexists(self.target):
+                rename(old, self.target)
 
     def make(self) -> None:
         """Make the partial directory where there is none."""
-        with explained("create", self.partial):
-            self.data.mkdir(parents=True, exist_ok=True)
-            self.journals.mkdir(exist_ok=True)
+        make_directory(self.data)
+        make_directory(self.journals)
 
     def finished(self) -> bool:
         """Whether the target is the finished result of this very job."""
         manifest = self.target / common.MANIFEST
         if not manifest.is_file():
             return False
-        record = common.read_json(manifest)
+        try:
+            record = common.read_json(manifest)
+        except CheckpointError:  # what cannot be read says of no job that it is done
+            return False
         return record.get("job") == self.digest and self._whole(record.get("files"))
 
     def _whole(self, files: Json) -> bool:
@@ -160,27 +163,25 @@ class Workspace:
 
     def publish(self, *, fsync: bool) -> None:
         """Give the data its final name; between an old target's rename and this, none is there."""
-        old = self.partial / "replaced"
-        with explained("publish", self.target):
-            if self.target.is_dir() and any(self.target.iterdir()):
-                self.target.rename(old)
-            self.data.rename(self.target)
+        replacing = self.target.is_dir() and any(self.target.iterdir())
+        if replacing:
+            rename(self.target, self.partial / REPLACED)
+        try:
+            rename(self.data, self.target)
+        except StorageError:
+            if replacing:
+                rename(self.partial / REPLACED, self.target)
+            raise
         if fsync:
             sync(self.target.parent)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if replacing:  # what is half removed must not be taken for what is to be put back
+            rename(self.partial / REPLACED, self.partial / DISCARDED)
+        self.discard()
 
     def discard(self) -> None:
-        """Remove the partial result of a job that turned out to be refused."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def _taken(descriptor: int, path: Path) -> bool:
-    """Whether the lock is ours, on the file that has the name now and not on one just removed."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.fstat(descriptor).st_ino == path.stat().st_ino
-    except OSError:
-        return False
+        """Remove the partial directory; what stays of it is removed by the next job."""
+        with contextlib.suppress(StorageError):
+            remove_tree(self.partial)
 
 
 def require_apart(source: Path, target: Path) -> None:

@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 Before = Callable[..., None]
 NO_LIMIT = 300
+# What a job has to end within after a fault: 5 seconds, and as much again on a machine under load.
+SOON = 10.0
 
 
 @dataclass
@@ -46,11 +48,19 @@ class Job:
         limit = time.monotonic() + seconds
         while not ready():
             assert time.monotonic() < limit, f"nothing happened in {seconds:g} s; said: {self.err}"
+            assert any(rank.is_alive() for rank in self.ranks) or ready(), f"over; said: {self.err}"
             time.sleep(0.01)
 
     def send(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to one rank."""
         os.kill(self.ranks[rank].pid or 0, number)
+
+    def kill(self, *ranks: int) -> None:
+        """Kill some ranks, or all of them at once."""
+        for rank in ranks or range(len(self.ranks)):
+            self.ranks[rank].kill()
+        for rank in ranks or range(len(self.ranks)):
+            self.ranks[rank].join()
 
     @property
     def out(self) -> str:

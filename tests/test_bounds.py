@@ -448,6 +448,38 @@ def test_memory_is_bounded_where_chunks_lie_across_the_targets(tmp_path: Path) -
     assert_same(meta.read(tmp_path / "out"), model)
 
 
+COMPARED = """
+import sys
+from reshard.cli import main
+from reshard.report import memory_of
+begun = memory_of("VmRSS")
+code = main(sys.argv[1:])
+print(memory_of("VmHWM") - begun)
+sys.exit(code)
+"""
+
+
+def test_memory_of_a_comparison_is_bounded(tmp_path: Path) -> None:
+    model, memory = large_model(768), 32 << 20
+    wide = {name: tensor.float() for name, tensor in model.tensors.items()}
+    name = "model.layers.1.mlp.down_proj.weight"
+    wide[name] = -wide[name]
+    meta.write(model, tmp_path / "meta", 2)
+    hf.write(Model(model.config | {"torch_dtype": "float32"}, wide), tmp_path / "hf")
+    assert size_of(tmp_path / "meta") + size_of(tmp_path / "hf") > 6 * memory
+    words = ["verify", str(tmp_path / "meta"), str(tmp_path / "hf"), f"engine.memory={memory}"]
+    for more in ([], ["--cast"]):
+        said = subprocess.run(
+            [sys.executable, "-c", COMPARED, *words, *more],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert said.returncode == 1, said.stderr
+        assert f" parameters differ: `{name}[0, 0]`: " in said.stderr
+        taken = int(said.stdout.splitlines()[-1])
+        assert taken <= 1.10 * memory, f"{taken / memory:.2f} of its memory"
+
+
 # ---------------------------------------------------------------------------------------- replicas
 
 EIGHT = wide_model(2**20)

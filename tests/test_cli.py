@@ -41,9 +41,11 @@ def test_help_fits_a_screen_and_names_everything(capsys: pytest.CaptureFixture[s
         "dst.max_shard_size",
     }
     keys |= {
-        f"engine.{key}" for key in ("memory", "exchange", "writers", "backend", "timeout", "fsync")
+        f"engine.{key}"
+        for key in ("memory", "exchange", "writers", "backend", "timeout", "fsync", "verify")
     }
     flags = {"--src", "--dst", "--config", "--report", "--force", "--world", "--json", "--debug"}
+    flags |= {"--cast", "--load", "--checksums"}
     missing = {
         word for word in keys | flags | {"run", "plan", "inspect", "verify"} if word not in text
     }

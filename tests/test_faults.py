@@ -1,9 +1,9 @@
 """Jobs that are interrupted: what stays on the disk, what the next run makes of it, who says so."""
 
 import fcntl
-import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,48 +15,13 @@ import pytest
 from reshard import journal
 from tests import jobs
 from tests.commands import call, done, model, move, one_line, read, refused, write
-from tests.oracles import models
+from tests.interrupted import SMALL_ROUNDS, Undisturbed, journalled, only, partial, run, wide
 from tests.oracles.compare import assert_same, assert_same_files
 from tests.sabotage import WRITE, sabotage, suffer
 
 pytestmark = pytest.mark.fault
 
-SMALL_ROUNDS = "engine.memory=13MiB"
 FIVE_SECONDS = 5.0
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 Meta files of together 4 MB, which take tens of rounds."""
-    return write("meta4", tmp_path_factory.mktemp("faults") / "src", wide())
-
-
-@pytest.fixture(scope="module")
-def undisturbed(source: Path) -> dict[str, Path]:
-    """What the source becomes when nothing goes wrong, by target."""
-    found = {}
-    for target in ("hf", "tp2"):
-        found[target] = source.parent / f"undisturbed-{target}"
-        done(*move("meta4", source, target, found[target]))
-        assert_same(read(target, found[target]), wide())
-    return found
-
-
-def wide() -> models.Model:
-    return models.wide_model(4 << 20)
-
-
-def run(world: int, words: list[str], where: Path, **report: Any) -> dict[str, Any]:
-    """A job that has to succeed; its report."""
-    words = [*words, "--report", str(where / "report.json")]
-    if world == 1:
-        done(*words)
-    else:
-        job = jobs.finished(world, words, where / "said")
-        assert (job.wait(0), job.err) == ([0] * world, ""), job.err
-    found: dict[str, Any] = json.loads((where / "report.json").read_text())
-    assert found["world"] == world
-    return found
 
 
 def interrupt(world: int, words: list[str], where: Path, nth: int = 8) -> None:
@@ -64,20 +29,6 @@ def interrupt(world: int, words: list[str], where: Path, nth: int = 8) -> None:
     how = "kill" if world == 1 else "fail"
     job = jobs.finished(world, words, where / "said", sabotage, WRITE, world - 1, nth, how)
     assert any(job.wait(0)), "the job has not failed"
-
-
-def partial(target: Path) -> Path:
-    """The one partial directory of a target that is not there yet."""
-    assert not target.exists(), f"{target} is there before it is complete"
-    found = list(target.parent.glob(f"{target.name}.partial-*"))
-    assert len(found) == 1, found
-    return found[0]
-
-
-def only(folder: Path, *names: str) -> bool:
-    """Whether a directory holds these and what the tests put there, and nothing else."""
-    own = {"report.json", "said.out", "said.err"}
-    return set(os.listdir(folder)) - own == set(names)
 
 
 # Going on.
@@ -102,7 +53,7 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
     then: int,
     other: list[str],
     source: Path,
-    undisturbed: dict[str, Path],
+    undisturbed: Undisturbed,
     tmp_path: Path,
 ) -> None:
     command = move("meta4", source, target, tmp_path / "dst")
@@ -110,21 +61,21 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
     kept = {
         (item.file, item.offset) for item in journal.read(partial(tmp_path / "dst") / "journals")
     }
-    journalled = sum(item.length for item in journal.read(partial(tmp_path / "dst") / "journals"))
+    before = journalled(partial(tmp_path / "dst"))
     assert kept
     moved = run(then, [*command, SMALL_ROUNDS, *other], tmp_path)["bytes"]
     whole = sum(file.stat().st_size for file in (tmp_path / "dst").rglob("*.safetensors"))
-    assert moved["resumed"] == journalled, "what was journalled is not what was taken over"
-    assert moved["written"] <= moved["written_bound"] - journalled, (
+    assert moved["resumed"] == before, "what was journalled is not what was taken over"
+    assert moved["written"] <= moved["written_bound"] - before, (
         "journalled pieces were written again"
     )
-    assert whole - journalled <= moved["written"]
+    assert whole - before <= moved["written"]
     assert_same_files(tmp_path / "dst", undisturbed[target])
     assert only(tmp_path, "dst")
 
 
 def test_an_interrupted_job_may_be_interrupted_again(
-    source: Path, undisturbed: dict[str, Path], tmp_path: Path
+    source: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     words = [*move("meta4", source, "tp2", tmp_path / "dst"), SMALL_ROUNDS]
     for world in (1, 2, 1):
@@ -136,7 +87,7 @@ def test_an_interrupted_job_may_be_interrupted_again(
 
 def test_a_job_that_fails_says_so_and_goes_on_the_same_way(
     source: Path,
-    undisturbed: dict[str, Path],
+    undisturbed: Undisturbed,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -235,7 +186,7 @@ def lose_the_journals(folder: Path) -> None:
     ids=lambda damage: damage.__name__,
 )
 def test_a_damaged_partial_result_is_mended(
-    damage: Callable[[Path], None], source: Path, undisturbed: dict[str, Path], tmp_path: Path
+    damage: Callable[[Path], None], source: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     words = [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS]
     interrupt(1, words, tmp_path)
@@ -249,7 +200,7 @@ def test_a_damaged_partial_result_is_mended(
 def test_a_run_that_cannot_be_read_back_is_not_intact(
     loss: Callable[[Path], None],
     source: Path,
-    undisturbed: dict[str, Path],
+    undisturbed: Undisturbed,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -280,7 +231,7 @@ def test_the_progress_of_a_resumed_job_ends_at_100_percent(
 ) -> None:
     words = [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS]
     interrupt(1, words, tmp_path)
-    from reshard.report import Progress
+    from reshard.progress import Progress
 
     add, seen = Progress.add, []
 
@@ -325,8 +276,8 @@ def test_only_the_damaged_piece_is_written_again(source: Path, tmp_path: Path) -
     records = list(journal.read(folder / "journals"))
     damage_written_byte(folder)
     moved = run(1, words, tmp_path)["bytes"]
-    journalled = sum(record.length for record in records)
-    assert moved["written"] <= moved["written_bound"] - journalled + records[3].length
+    before = sum(record.length for record in records)
+    assert moved["written"] <= moved["written_bound"] - before + records[3].length
 
 
 # A kill at any point of a job.
@@ -338,13 +289,13 @@ POINTS = {
     "finishing": "reshard.commit:finish_file",
     "writing small files": "reshard.commit:write_pieces",
     "publishing": "reshard.workspace:Workspace.publish",
-    "cleaning up": "reshard.workspace:shutil.rmtree",
+    "cleaning up": "reshard.storage:shutil.rmtree",
 }
 
 
 @pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
 def test_a_kill_leaves_the_target_absent_or_complete(
-    point: str, source: Path, undisturbed: dict[str, Path], tmp_path: Path
+    point: str, source: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     words = move("meta4", source, "tp2", tmp_path / "dst")
     job = jobs.finished(1, words, tmp_path / "said", sabotage, point, 0, 1, "kill")
@@ -363,7 +314,7 @@ def test_a_kill_leaves_the_target_absent_or_complete(
     ids=["moving", "before the renames", "after the renames"],
 )
 def test_a_kill_while_an_older_target_is_replaced_costs_neither(
-    point: str, nth: int, source: Path, undisturbed: dict[str, Path], tmp_path: Path
+    point: str, nth: int, source: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     done(*move("meta4", source, "hf", tmp_path / "dst"))
     words = [*move("meta4", source, "tp2", tmp_path / "dst"), "--force"]
@@ -376,11 +327,49 @@ def test_a_kill_while_an_older_target_is_replaced_costs_neither(
     assert only(tmp_path, "dst"), os.listdir(tmp_path)
 
 
+def replacing(source: Path, undisturbed: Undisturbed, folder: Path, *grief: Any) -> list[str]:
+    """A job that was killed while it replaced an older target; its command."""
+    shutil.copytree(undisturbed["hf"], folder / "dst")
+    words = [*move("meta4", source, "tp2", folder / "dst"), "--force"]
+    assert jobs.finished(1, words, folder / "said", sabotage, *grief).wait(0) == [-signal.SIGKILL]
+    return words
+
+
+BETWEEN = ("reshard.workspace:rename", 0, 2, "kill")
+
+
+@pytest.mark.parametrize("other", ["tp2", "hf", "meta2"])
+def test_a_target_out_of_the_way_comes_back_with_any_command(
+    other: str, source: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """The same one without --force, that of the older target, and quite another."""
+    replacing(source, undisturbed, tmp_path, *BETWEEN)
+    assert not (tmp_path / "dst").exists()
+    found = call(*move("meta4", source, other, tmp_path / "dst"))
+    assert found.code == (0 if other == "hf" else 2), found.err
+    assert ("already done" in found.out) == (other == "hf")
+    assert_same_files(tmp_path / "dst", undisturbed["hf"])
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_what_is_left_of_a_replaced_target_never_comes_back(
+    forced: bool, source: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Somebody moves the new one away before the next run finds what is left of the old one."""
+    grief = ("shutil:os.unlink", 0, 2, "kill after")
+    words = replacing(source, undisturbed, tmp_path, *grief)
+    (tmp_path / "dst").rename(tmp_path / "kept")
+    run(1, words if forced else words[:-1], tmp_path)
+    assert_same_files(tmp_path / "dst", undisturbed["tp2"])
+    assert_same_files(tmp_path / "kept", undisturbed["tp2"])
+    assert only(tmp_path, "dst", "kept")
+
+
 # Several jobs on one target.
 
 
 def test_the_partial_result_of_another_job_is_refused_unless_forced(
-    source: Path, undisturbed: dict[str, Path], tmp_path: Path
+    source: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     interrupt(1, [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS], tmp_path)
     folder = partial(tmp_path / "dst")
@@ -416,7 +405,7 @@ def test_a_lock_that_is_held_is_refused_and_a_stale_one_is_not(tmp_path: Path) -
 
 
 def test_a_second_job_on_a_target_is_refused_while_the_first_one_runs(
-    source: Path, undisturbed: dict[str, Path], tmp_path: Path
+    source: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     words = move("meta4", source, "tp2", tmp_path / "dst")
     slow = [*words, SMALL_ROUNDS]
@@ -525,10 +514,10 @@ def test_a_rank_that_hangs_while_resuming_is_named(
 
 @pytest.mark.parametrize("exchange", ["collective", "direct"])
 def test_a_slow_rank_is_not_taken_for_one_that_hangs(
-    exchange: str, source: Path, undisturbed: dict[str, Path], tmp_path: Path
+    exchange: str, source: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     words = [*move("meta4", source, "tp2", tmp_path / "dst"), SMALL_ROUNDS]
-    slow = [*words, "engine.timeout=1.5", f"engine.exchange={exchange}"]
+    slow = [*words, "engine.timeout=3", f"engine.exchange={exchange}"]
     job = jobs.finished(2, slow, tmp_path / "said", sabotage, WRITE, 1, 1, "dawdle")
     assert (job.wait(0), job.err) == ([0, 0], "")
     assert_same_files(tmp_path / "dst", undisturbed["tp2"])

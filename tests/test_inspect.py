@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from reshard import journal
 from tests.commands import call, done, model, move, refused, write
 from tests.oracles import meta, nanotron
 
@@ -194,5 +195,173 @@ def test_what_cannot_be_scanned_has_a_format_and_problems_only(tmp_path: Path) -
     source = write("hf", tmp_path / "src")
     (source / "config.json").unlink()
     found = json.loads(call("inspect", source, "--json").out)
-    assert set(found) == {"path", "format", "problems", "healthy"}
-    assert call("inspect", source).out.startswith(f"{source}: hf\n  PROBLEM ")
+    assert set(found) == {"path", "format", "problems", "beside", "healthy"}
+    said = call("inspect", source).out
+    assert re.match(rf"{source}: hf\n  manifest    no\n  PROBLEM ", said), said
+
+
+# All that is damaged, and what unfinished jobs have left.
+
+
+def problems(path: Path, *words: object) -> list[str]:
+    """What `inspect` finds wrong, which it must."""
+    found = call("inspect", path, "--json", *words)
+    assert (found.code, found.err) == (1, ""), found.err
+    said: list[str] = json.loads(found.out)["problems"]
+    assert said
+    return said
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Targets of ours, with a manifest."""
+    root = tmp_path_factory.mktemp("outputs")
+    source = write("hf2", root / "src")
+    (source / "tokenizer.json").write_text("{}")
+    for spec in ("meta4", "hf", "tp2pp2", "fsdp3", "titan2", "gguf"):
+        more = ["dst.max_shard_size=60KB"] if spec == "hf" else []
+        done(*move("hf", source, spec, root / spec, "engine.fsync=false", *more))
+    return {spec: root / spec for spec in ("meta4", "hf", "tp2pp2", "fsdp3", "titan2", "gguf")}
+
+
+@pytest.mark.parametrize("spec", ["meta4", "hf", "tp2pp2", "fsdp3", "titan2", "gguf"])
+def test_every_file_of_ours_that_is_gone_or_cut_is_told(
+    spec: str, outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    done("inspect", outputs[spec])
+    copy = shutil.copytree(outputs[spec], tmp_path / spec)
+    suffixes = (".pth", ".safetensors", ".distcp", ".gguf")
+    files = sorted(path for path in copy.rglob("*") if path.suffix in suffixes)
+    sizes = {path: path.stat().st_size for path in files}
+    for number, path in enumerate(files):
+        if number % 3 == 2:
+            path.unlink()
+        else:
+            os.truncate(path, sizes[path] - 1 - number)
+    said = problems(copy)
+    for number, path in enumerate(files):
+        (manifest,) = copy.rglob("reshard.json")
+        name = re.escape(str(path.relative_to(manifest.parent)))
+        fault = "is missing" if number % 3 == 2 else rf"{sizes[path] - 1 - number} bytes, expected"
+        lines = [line for line in said if re.search(rf"`{name}`:? {fault}", line)]
+        assert len(lines) == 1, (path, said)
+    assert "manifest    yes: verify checks every byte" in call("inspect", copy).out
+
+
+@pytest.mark.parametrize("kind", ["meta8", "hf4", "tp2pp2"])
+def test_every_file_of_others_that_is_cut_is_told(kind: str, tmp_path: Path) -> None:
+    source = write(kind, tmp_path / "src")
+    files = [path for path in sorted(source.rglob("*")) if path.suffix in (".pth", ".safetensors")]
+    for path in files[1:4]:
+        os.truncate(path, path.stat().st_size - 1)
+    files[4 % len(files)].write_bytes(b"no header")
+    said = problems(source)
+    for path in {*files[1:4], files[4 % len(files)]}:
+        assert any(path.name in line for line in said), (path, said)
+
+
+def test_every_header_that_is_wrong_is_told(tmp_path: Path) -> None:
+    source, other = write("hf4", tmp_path / "src"), write("hf4", tmp_path / "other")
+    names = sorted(path.name for path in source.glob("*.safetensors"))
+    shutil.copy(other / names[0], source / names[2])
+    said = problems(source)
+    wrong = [line for line in said if names[2] in line]
+    assert len(wrong) > 3, "each tensor that is missing, and each that does not belong there"
+    assert all(re.search(r"tensor `\S+` is (missing|not part)", line) for line in wrong), wrong
+
+
+def test_small_files_that_cannot_be_read_are_told_together(
+    outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(outputs["hf"], tmp_path / "hf")
+    for name in ("generation_config.json", "tokenizer.json", "config.json"):
+        (copy / name).write_text((copy / name).read_text()[:-2] + "}}")
+    (copy / "model.safetensors.index.json").write_text("[]")
+    (copy / "tokenizer.model").write_text("")
+    (copy / "reshard.json").write_bytes((copy / "reshard.json").read_bytes() + b" ")
+    said = problems(copy)
+    for name, fault in (
+        ("generation_config.json", "not valid JSON"),
+        ("tokenizer.json", "not valid JSON"),
+        ("config.json", "not valid JSON"),
+        ("model.safetensors.index.json", "holds list, expected a JSON object"),
+        ("tokenizer.model", "is empty"),
+        ("reshard.json", "its bytes are not those written"),
+    ):
+        assert any(re.search(rf"/{name}`: .*{fault}", line) for line in said), (name, said)
+
+
+def test_files_that_an_index_names_are_told(tmp_path: Path) -> None:
+    source = write("hf4", tmp_path / "src")
+    gone = sorted(source.glob("*.safetensors"))[1:3]
+    for path in gone:
+        path.unlink()
+    said = problems(source)
+    for path in gone:
+        assert any(f"{path.name}`: is missing, but `model.safe" in line for line in said), said
+
+
+def test_of_many_problems_twenty_are_printed(outputs: dict[str, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(outputs["tp2pp2"], tmp_path / "tp2pp2")
+    files = sorted(copy.rglob("*.safetensors"))
+    for path in files:
+        path.unlink()
+    every = problems(copy)
+    assert len(every) >= len(files) == 25
+    text = call("inspect", copy).out
+    assert text.count("PROBLEM") == 20
+    assert f"... and {len(every) - 20} more problems (--json has all)\n" in text
+
+
+def unfinished(tmp_path: Path) -> tuple[Path, Path]:
+    """A target whose job was stopped before it was published, and its partial directory."""
+    source = write("meta4", tmp_path / "src")
+    target = tmp_path / "dst"
+    done(*move("meta4", source, "hf", target))
+    partial = tmp_path / "dst.partial-0123456789abcdef"
+    (partial / "journals").mkdir(parents=True)
+    target.rename(partial / "data")
+    (size,) = (path.stat().st_size for path in (partial / "data").glob("*.safetensors"))
+    with journal.Journal(partial / "journals", 1, 0) as records:
+        records.append([journal.Record(0, 0, size // 4, 7), journal.Record(0, size // 4, 100, 7)])
+    with journal.Journal(partial / "journals", 2, 0) as records:
+        records.append([journal.Record(0, 0, size // 4, 7)])
+    return target, partial
+
+
+def test_a_partial_directory_says_what_it_is_and_how_far(tmp_path: Path) -> None:
+    target, partial = unfinished(tmp_path)
+    for path in (partial, partial / "data"):
+        (said,) = problems(path)
+        pattern = r"`\S+`: the unfinished result `dst` \(5\d.\d KB of 22\d KB written\); the same"
+        assert re.match(pattern, said), said
+        assert re.search(r"health +unfinished\n", call("inspect", path).out)
+    line = refused(tmp_path, r"dst`: no such directory", "inspect", target)
+    assert re.search(rf"; beside it: `{partial}`: an unfinished job", line), line
+
+
+def test_what_lies_beside_is_told_and_no_fault(tmp_path: Path) -> None:
+    target, partial = unfinished(tmp_path)
+    shutil.copytree(partial / "data", target)
+    (tmp_path / "dst.lock").touch()
+    found = json.loads(done("inspect", target, "--json").out)
+    assert found["healthy"] is True
+    assert [re.sub(r"`\S+/", "`", line)[:32] for line in found["beside"]] == [
+        "`dst.partial-0123456789abcdef`: ",
+        "`dst.lock`: a job is at work on ",
+    ]
+    said = done("inspect", target).out
+    assert said.count("  beside      `") == 2
+    assert re.search(r"health +good\n", said)
+
+
+def test_a_tokenizer_of_a_release_is_no_fault(tmp_path: Path) -> None:
+    """128,000 tokens and 280,000 merges, in letters beyond ASCII."""
+    source = write("hf", tmp_path / "src")
+    tokens = {f"Ġ{number:x}": number for number in range(128_000)}
+    merges = [["Ġ", f"{number:x}"] for number in range(280_000)]
+    record = {"added_tokens": [], "model": {"type": "BPE", "vocab": tokens, "merges": merges}}
+    (source / "tokenizer.json").write_text(json.dumps(record, ensure_ascii=False))
+    found = json.loads(done("inspect", source, "--json").out)
+    assert found["healthy"]
+    assert "tokenizer.json" in found["ready"]

@@ -3,45 +3,16 @@
 import os
 import re
 import subprocess
-import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.commands import model, move, read, write
+from tests.launched import ROOT, SHIM, STOCK, environment, ours, start
 from tests.oracles import models
 from tests.oracles.compare import assert_same
 from tests.sabotage import WRITE
-
-ROOT = Path(__file__).parents[1]
-SHIM = [sys.executable, str(ROOT / "launch" / "torchrun"), "--nproc", "2"]
-STOCK = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-
-
-def environment(**more: str) -> Mapping[str, str]:
-    """The test's own, where the source tree can be imported from any directory."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    return kept | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"} | more
-
-
-def start(words: list[str], where: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in a directory of its own."""
-    return subprocess.run(
-        words,
-        cwd=where,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-
-
-def ours(err: str) -> list[str]:
-    """The lines on standard error that are the program's."""
-    return [line for line in err.splitlines() if line.startswith("reshard:")]
 
 
 def test_the_shim_runs_a_job_and_passes_its_success_on(tmp_path: Path) -> None:
@@ -112,7 +83,7 @@ def test_what_only_another_rank_is_refused_is_said(launcher: list[str], tmp_path
 def test_a_killed_rank_is_told_in_one_line(launcher: list[str], which: int, tmp_path: Path) -> None:
     source = write("meta4", tmp_path / "src", models.wide_model(4 << 20))
     words = [*move("meta4", source, "tp2", tmp_path / "dst"), "engine.memory=13MiB"]
-    command = [*launcher, "-m", "tests.sabotage", WRITE, str(which), "5", "kill late", *words]
+    command = [*launcher, "-m", "tests.sabotage", WRITE, str(which), "5", "kill late", "", *words]
     found = start(command, tmp_path)
     assert found.returncode not in (0, 2)
     assert len(ours(found.stderr)) == 1, found.stderr

@@ -181,7 +181,7 @@ def test_read_bytes_reads_exactly_what_was_asked_for(source):
 
 @pytest.mark.parametrize("step", [1, 7, len(DATA), len(DATA) + 1])
 def test_a_checksum_is_that_of_the_bytes_whatever_the_step(source, monkeypatch, step):
-    monkeypatch.setattr(storage, "CRC_BYTES", step)
+    monkeypatch.setattr(storage, "STEP_BYTES", step)
     path = source._root / "file"
     assert crc32_of(path, 0, len(DATA)) == zlib.crc32(DATA)
     assert crc32_of(path, 5, 100) == zlib.crc32(DATA[5:105])
@@ -236,7 +236,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, r"No space left on device; free some space and run the same command again"),
+        (errno.ENOSPC, r"No space left on device; free some space$"),
         (errno.EIO, r"Input/output error$"),
     ],
 )
@@ -251,7 +251,9 @@ def test_a_failing_write_says_what_to_do(target, monkeypatch, number, message):
 
 def test_a_full_device_is_told_from_others():
     files = Files(Path("/dev"), os.O_WRONLY)
-    with pytest.raises(StorageError, match=r"`/dev/full`: cannot write: No space .* go on$"):
+    with pytest.raises(
+        StorageError, match=r"`/dev/full`: cannot write: No space .*; free some space$"
+    ):
         files.write("full", 0, [memoryview(b"1234")])
     files.close()
 

@@ -10,7 +10,9 @@ and, where the index of a file depends on another one in the same directory,
     BESIDE                        the name of that file
 """
 
+import contextlib
 import importlib
+import os
 import pkgutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import torch
 
@@ -26,6 +29,8 @@ from reshard.errors import CheckpointError
 
 Version = tuple[int, int, int]
 PIECE_BYTES = 1 << 20
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 1024
+_MAX_KEY_CHARACTERS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +159,39 @@ def version(path: Path) -> Version | None:
     if not stat.S_ISREG(status.st_mode):
         return None
     return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A plain file to be read; a ValueError for anything else, of which a FIFO would block."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("is no plain file")
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def is_key(name: str) -> bool:
+    """Whether a tensor may be called so: text that can be printed, in one line of a message."""
+    return name.isprintable() and len(name) <= _MAX_KEY_CHARACTERS
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name that a file gives stays, as text, in the file's directory.
+
+    What the directory itself holds is not looked at: its symlinks are followed.
+    """
+    parts = name.split("/")
+    encoded = name.encode(errors="surrogatepass")
+    return (
+        name.isprintable()
+        and not any(part in ("", ".", "..") for part in parts)
+        and max(len(part.encode()) for part in parts) <= _MAX_NAME_BYTES
+        and len(encoded) <= _MAX_PATH_BYTES
+    )
 
 
 def skeleton(

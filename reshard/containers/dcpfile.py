@@ -23,6 +23,7 @@ from reshard.containers import (
     TensorSpec,
     Version,
     dcpmetadata,
+    opened,
     pieces_of,
     tensorpickle,
     torchzip,
@@ -77,14 +78,14 @@ def _opened(
 ) -> Entry:
     """The entry of one item, by what its zip says; once for each version of the file."""
     try:
-        with (root / file).open("rb") as opened:
-            held = os.fstat(opened.fileno()).st_size
+        with opened(root / file) as content:
+            held = os.fstat(content.fileno()).st_size
             if item.offset + item.length > held:
                 raise ValueError(
                     f"the file is truncated: {held} bytes, expected {item.offset + item.length}; "
                     "copy it again"
                 )
-            return _entry(item, dtype, Range(opened, item.offset, item.length))
+            return _entry(item, dtype, Range(content, item.offset, item.length))
     except OSError as error:
         raise CheckpointError(f"`{file}`: cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -16,12 +16,12 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from reshard.containers import dcppickle, shown, tiling
+from reshard.containers import dcppickle, is_inside, opened, shown, tiling
 from reshard.containers.dcppickle import Content, Pickled, Place
 from reshard.containers.dcpwriter import Described, Item, write
 from reshard.errors import CheckpointError
@@ -144,7 +144,7 @@ def _read(path: Path, size: int, _modified: int, _inode: int) -> Directory:
     if size > _MAX_BYTES:
         raise CheckpointError(f"`{NAME}`: takes {size} bytes, expected at most {_MAX_BYTES}")
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             content = dcppickle.read(file.read(size))
         return _Reader(path.parent).directory(content)
     except OSError as error:
@@ -260,6 +260,5 @@ def _require_inside(file: str) -> None:
     """ValueError unless a path, by its text, stays in the directory."""
     if not file.isprintable():
         raise ValueError(f"is in the file `{shown(file)}`, whose name cannot be printed")
-    path = PurePosixPath(file)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
+    if not is_inside(file):
         raise ValueError(f"is in the file `{shown(file)}`, which lies outside the checkpoint")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from reshard.containers import Blob, Entry, FileIndex, Skeleton, TensorSpec, shown
+from reshard.containers import Blob, Entry, FileIndex, Skeleton, TensorSpec, opened, shown
 from reshard.containers.ggufvalues import Cursor, Scalar, pack, pack_string, read_fields
 from reshard.encodings import ENCODINGS, Encoding, stored_bytes
 from reshard.errors import CheckpointError, LayoutError
@@ -68,8 +68,8 @@ def index(root: Path, file: str) -> FileIndex:
     Values of keys are as Python has them, short arrays tuples, and long ones a `LongArray`.
     """
     try:
-        with (root / file).open("rb") as opened:
-            return _read(Cursor(opened))
+        with opened(root / file) as content:
+            return _read(Cursor(content))
     except OSError as error:
         raise CheckpointError(f"`{file}`: cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -127,7 +127,9 @@ def _read_start(cursor: Cursor) -> tuple[int, int]:
 def _read_alignment(fields: Mapping[str, tuple[str, object]]) -> int:
     kind, value = fields.get(_ALIGNMENT, ("uint32", _DEFAULT_ALIGNMENT))
     if kind != "uint32" or not isinstance(value, int) or value.bit_count() != 1:
-        raise ValueError(f"{_ALIGNMENT} is {kind} {value!r}, expected uint32, a power of 2")
+        raise ValueError(
+            f"{_ALIGNMENT} is {kind} {shown(str(value))}, expected uint32, a power of 2"
+        )
     return value
 
 

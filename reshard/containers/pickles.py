@@ -6,12 +6,13 @@ reads and hashes whatever it is given. `Machine` runs the opcodes that data need
 would give is said by `reduced()` of a subclass. Nothing here could look up or call a name.
 
 Time and memory are bounded by the length of the pickle: an opcode takes a constant time, a length
-is checked against what is left, and no value is traversed. Containers, which opcodes of one byte
-make, may take 16 times the length beyond a constant.
+is checked against what is left, and no value is traversed. Containers and texts, which opcodes of
+few bytes make, may take some times the length beyond a constant.
 """
 
 import pickletools
 import struct
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -21,7 +22,6 @@ _MAX_MARKS = 100
 _MAX_LONG_BYTES = 255
 # What a container is taken to cost, with an item or two; a `.metadata` needs 10 bytes per byte.
 _LIST_BYTES, _DICT_BYTES, _TUPLE_BYTES = 120, 200, 64
-_BYTES_PER_BYTE = 16
 _FREE_BYTES = 16 << 20
 
 
@@ -52,6 +52,7 @@ class Machine:
     subject = "data"  # what the pickle should hold
     advice = "re-save it"
     names: Collection[str] = ()  # the permitted names, as `module name`
+    bytes_per_byte = 16  # what containers and texts may take for each byte of the pickle
 
     def __init__(self, pickled: bytes) -> None:
         self._data = pickled
@@ -59,7 +60,7 @@ class Machine:
         self._marks: list[list[object]] = []
         self._memo: list[object] = []
         self._far: dict[int, object] = {}  # of memo indices that leave a gap
-        self._budget = _FREE_BYTES + _BYTES_PER_BYTE * len(pickled)
+        self._budget = _FREE_BYTES + self.bytes_per_byte * len(pickled)
 
     def run(self, most: int | None = None) -> object:
         """The pickled value; `most` is the number of opcodes that it may take, where given."""
@@ -107,8 +108,8 @@ class Machine:
         self._budget -= size
         if self._budget < 0:
             raise ValueError(
-                f"its pickle of {len(self._data)} bytes makes more lists, dicts and tuples than "
-                f"{self.subject} needs"
+                f"its pickle of {len(self._data)} bytes makes more lists, dicts, tuples and texts "
+                f"than {self.subject} needs"
             )
 
     def _foreign(self) -> ValueError:
@@ -252,11 +253,14 @@ class Machine:
 
     def _text(self, at: int, width: int) -> int:
         encoded, stop = self._slice(at, width)
-        self._stack.append(str(encoded, "utf-8", "surrogatepass"))
+        text = str(encoded, "utf-8", "surrogatepass")
+        self._spend(sys.getsizeof(text))
+        self._stack.append(text)
         return stop
 
     def _bytes(self, at: int, width: int) -> int:
         content, stop = self._slice(at, width)
+        self._spend(sys.getsizeof(content))
         self._stack.append(content)
         return stop
 

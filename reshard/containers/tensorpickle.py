@@ -53,8 +53,10 @@ DTYPES = frozenset({*_STORAGES.values(), *_VIEWED.values()})  # what can be read
 
 _WEIGHTS = ("model", "state_dict", "model_state_dict")
 _MAX_OTHERS = 100
-_MAX_OPCODES = 4_000_000
+# A tensor takes 35 opcodes. One that is not of what `bytes_per_byte` bounds takes 40 bytes.
+_MAX_OPCODES = 3_000_000
 _MAX_DIMS = 8
+_MAX_NUMBER = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +183,11 @@ class _Machine(Machine):
     subject = "a dict of tensors"
     advice = "re-save it with torch.save"
     names = _GLOBALS
+    bytes_per_byte = 4  # torch.save needs 3
 
     def reduced(self, function: object, arguments: object) -> object:
+        if function == Global(_ORDERED_DICT) and arguments == ():
+            return self.empty_dict()
         return _reduced(function, arguments)
 
     def created(self, kind: object, arguments: object) -> object:
@@ -206,8 +211,6 @@ def _storage(identity: object) -> _Storage:
 def _reduced(function: object, arguments: object) -> object:
     """The stand-in for what `function(*arguments)` would be."""
     match function, arguments:
-        case Global(name), () if name == _ORDERED_DICT:
-            return {}
         case Global(name), (_Tensor() as tensor, _, _) if name == _PARAMETER:
             return tensor
         case Global(name), (_Storage() as storage, offset, shape, strides, _, _) if name == _TENSOR:
@@ -226,12 +229,15 @@ def _tensor(
     lengths, steps, (start,) = _integers(shape), _integers(strides), _integers((offset,))
     if len(lengths) != len(steps):
         raise ValueError(f"a tensor has {len(lengths)} dims and {len(steps)} strides")
+    # An empty dim would else hide the others, however large.
+    if math.prod(max(length, 1) for length in lengths) > _MAX_NUMBER:
+        raise ValueError("a tensor has more elements than any file")
     return _Tensor(storage, dtype, start, lengths, steps)
 
 
 def _integers(values: object) -> tuple[int, ...]:
     if not isinstance(values, tuple) or len(values) > _MAX_DIMS:
         raise ValueError(f"a tensor's shape is not a tuple of {_MAX_DIMS} dims at most")
-    if not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError("a tensor's shape, strides and offset must be non-negative integers")
+    if not all(type(value) is int and 0 <= value <= _MAX_NUMBER for value in values):
+        raise ValueError("a tensor's shape, strides and offset must be integers from 0 to 2^63")
     return values

@@ -10,7 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from reshard.containers import Entry, FileIndex, Skeleton, TensorSpec, shown, tensorpickle, torchzip
+from reshard.containers import (
+    Entry,
+    FileIndex,
+    Skeleton,
+    TensorSpec,
+    is_key,
+    opened,
+    shown,
+    tensorpickle,
+    torchzip,
+)
 from reshard.containers.tensorpickle import Tensor
 from reshard.containers.torchzip import Archive, Range
 from reshard.errors import CheckpointError
@@ -23,8 +33,8 @@ def index(root: Path, file: str) -> FileIndex:
     that holds is named in `others`. Nothing in the file is executed, whatever it asks for.
     """
     try:
-        with (root / file).open("rb") as opened:
-            archive = Archive(Range(opened))
+        with opened(root / file) as content:
+            archive = Archive(Range(content))
             held = tensorpickle.read(archive.read("data.pkl"))
             return FileIndex(_entries(held.tensors, archive), {}, held.others)
     except OSError as error:
@@ -47,7 +57,7 @@ def _entries(tensors: Mapping[object, Tensor], archive: Archive) -> dict[str, En
     places = {record: archive.locate(record) for record in sorted(records)}
     entries: dict[str, Entry] = {}
     for key, tensor in tensors.items():
-        if not isinstance(key, str) or not key.isprintable():
+        if not isinstance(key, str) or not is_key(key):
             raise ValueError(f"the key `{shown(str(key))}` of a tensor is not printable text")
         start, record_bytes = places[tensor.storage.record]
         try:
@@ -74,11 +84,6 @@ def check_extent(tensor: Tensor, record_bytes: int) -> None:
     # Without the second test an expanded tensor could claim more memory than any file has.
     if max(tensor.offset + last + 1, numel) * tensor.dtype.itemsize > storage_bytes:
         raise ValueError(
-            f"has {_number(numel)} elements up to {_number(tensor.offset + last)}, "
+            f"has {numel} elements up to {tensor.offset + last}, "
             f"but its storage {storage_bytes // tensor.dtype.itemsize}"
         )
-
-
-def _number(value: int) -> str:
-    """An integer from the file in a message: Python refuses to print thousands of digits."""
-    return str(value) if value.bit_length() <= 256 else "more than 2^256"

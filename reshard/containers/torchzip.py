@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from reshard.containers import Skeleton, shown
 
-_MAX_PICKLE_BYTES = 64 << 20
+_MAX_PICKLE_BYTES = 32 << 20  # 90,000 tensors, for which the opcodes suffice, take 20 MB
 _MAX_DIRECTORY_BYTES = 16 << 20  # zipfile takes 12 times this; 200,000 tensors fit
 _ALIGNMENT = 64
 _UINT32 = 0xFFFFFFFF  # in a 32-bit field: look in the zip64 extra field
@@ -139,7 +139,22 @@ def _directory(file: Range) -> list[zipfile.ZipInfo]:
         ) from error
     if len({info.filename for info in records}) < len(records):
         raise ValueError("has two records of one name in its directory")
+    _require_apart(records, file.length)
     return records
+
+
+def _require_apart(records: list[zipfile.ZipInfo], file_bytes: int) -> None:
+    """Refuse records that share bytes: a file could name any amount of data many times over."""
+    position, before = 0, ""
+    for info in sorted(records, key=lambda info: info.header_offset):
+        if info.header_offset < position:
+            names = shown(before), shown(info.filename)
+            raise ValueError(f"its records `{names[0]}` and `{names[1]}` overlap")
+        position, before = info.header_offset + 30 + info.compress_size, info.filename
+        if position > file_bytes:
+            raise ValueError(
+                f"truncated: {file_bytes} bytes, but `{shown(before)}` ends at {position}"
+            )
 
 
 def lay_out(pickled: bytes, storages: Mapping[str, int], names: str) -> Skeleton:

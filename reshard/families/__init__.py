@@ -70,7 +70,7 @@ def _is_known(record: Mapping[str, Json]) -> bool:
     named = record.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []
     generates = not classes or any(name.endswith("CausalLM") for name in classes)
-    return record.get("model_type") in _families() and generates
+    return str(record.get("model_type")) in _families() and generates
 
 
 def from_hf(record: Mapping[str, Json], name: str) -> ModelConfig:

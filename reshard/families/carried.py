@@ -3,11 +3,12 @@
 Their config.json is carried as it is; nothing of it is interpreted but what every family has.
 """
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from reshard.errors import ConfigError
-from reshard.families.model import DTYPES, Json
+from reshard.families.model import DTYPES, Json, is_name
 
 # (as the modules of current transformers are named, as the released checkpoints spell it).
 # transformers renames while loading; its conversion table has the same pairs.
@@ -83,8 +84,8 @@ class CarriedConfig:
 def from_hf(config: Mapping[str, Json], name: str) -> CarriedConfig:
     """The model of a config.json (`name` is for messages), whatever its family."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise ConfigError(f"`{name}`: model_type is {model_type!r}, expected text")
+    if not isinstance(model_type, str) or not is_name(model_type):
+        raise ConfigError(f"`{name}`: model_type is {reprlib.repr(model_type)}, expected a name")
     dtype = next((config[key] for key in DTYPE_KEYS if config.get(key)), "bfloat16")
     return CarriedConfig(
         model_type,
@@ -101,7 +102,8 @@ def from_json(record: Mapping[str, Json]) -> CarriedConfig:
         raise ConfigError("model config: `config` is not an object")
     found = from_hf(config, "model config")
     tied, dtype = record.get("tied"), record.get("dtype")
-    return CarriedConfig(found.model_type, config, tied is True, str(dtype or found.dtype))
+    known = dtype if isinstance(dtype, str) and dtype in DTYPES else found.dtype
+    return CarriedConfig(found.model_type, config, tied is True, known)
 
 
 def to_hf(model: CarriedConfig) -> dict[str, Json]:

@@ -1,7 +1,7 @@
 """The canonical model config: the sizes and facts of a model, whatever format it was read from."""
 
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 from reshard.errors import ConfigError
@@ -17,6 +17,30 @@ KINDS: Mapping[str, type | tuple[type, ...]] = {
     "norm_eps": (int, float),
     "rope_theta": (int, float),
     "max_positions": int,
+}
+MAX_NAME = 80
+
+
+def is_name(value: object) -> bool:
+    """Whether a value may stand for a model type: short text that can be printed."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_NAME
+
+
+def _is_token(value: object) -> bool:
+    return value is None or type(value) is int
+
+
+FITS: Mapping[str, Callable[[object], bool]] = {
+    "model_type": is_name,
+    # Of what JSON has, an object or null.
+    "rope_scaling": lambda value: not isinstance(value, list | str | int | float),
+    "bos": _is_token,
+    "pad": _is_token,
+    "eos": lambda value: (
+        bool(value) and all(map(_is_token, value)) if isinstance(value, list) else _is_token(value)
+    ),
+    "extras": lambda value: isinstance(value, Mapping),
+    "generation": lambda value: isinstance(value, Mapping),
 }
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Spellings of config.json for the fields whose name here differs; the rest is carried as `extras`.
@@ -96,7 +120,8 @@ class ModelConfig:
                 )
         if self.dtype not in DTYPES:
             raise ConfigError(
-                f"model config: dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}"
+                f"model config: dtype is {reprlib.repr(self.dtype)}, expected one of "
+                f"{', '.join(DTYPES)}"
             )
         if self.heads % self.kv_heads:
             raise ConfigError(
@@ -122,14 +147,19 @@ def scaling_type(model: ModelConfig) -> str | None:
     scaling = model.rope_scaling
     if scaling is None:
         return None
-    return str(scaling.get("rope_type") or scaling.get("type"))
+    kind = scaling.get("rope_type") or scaling.get("type")
+    return kind if is_name(kind) else reprlib.repr(kind)  # type: ignore[return-value]
 
 
 def from_json(record: Mapping[str, Json]) -> ModelConfig:
     """The config that `to_json` wrote; unknown or missing fields are a ConfigError."""
     known = {item.name for item in fields(ModelConfig)}
     if unknown := sorted(set(record) - known):
-        raise ConfigError(f"model config: unknown field `{unknown[0]}`")
+        raise ConfigError(f"model config: unknown field `{repr(unknown[0][:MAX_NAME])[1:-1]}`")
+    for name, fits in FITS.items():
+        if name in record and not fits(record[name]):
+            value = reprlib.repr(record[name])
+            raise ConfigError(f"model config: `{name}` is {value}, which is no {name}")
     try:
         return ModelConfig(**record)  # type: ignore[arg-type]  # checked by __post_init__
     except TypeError as error:
@@ -171,7 +201,8 @@ def from_hf(
     hidden, heads = flat["hidden_size"], flat["num_attention_heads"]
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
         raise ConfigError(
-            f"`{name}`: hidden_size {hidden!r} and num_attention_heads {heads!r} are no sizes"
+            f"`{name}`: hidden_size {reprlib.repr(hidden)} and num_attention_heads "
+            f"{reprlib.repr(heads)} are no sizes"
         )
     flat["num_key_value_heads"] = flat.get("num_key_value_heads") or heads
     flat["head_dim"] = flat.get("head_dim") or hidden // heads

@@ -40,7 +40,7 @@ from types import ModuleType
 from typing import Protocol, cast
 
 from reshard import families, vocabulary
-from reshard.containers import Skeleton
+from reshard.containers import Skeleton, shown
 from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.families import Model
 from reshard.families.carried import CarriedConfig
@@ -197,7 +197,7 @@ def require_held(known: Format, model: Model) -> None:
     if isinstance(model, CarriedConfig):
         named = model.config.get("architectures")
         unknown = (
-            f"architecture {', '.join(map(str, named))}"
+            f"architecture {shown(', '.join(map(str, named)))}"
             if model.model_type in families.known() and isinstance(named, list)
             else f"model type {model.model_type}"
         )

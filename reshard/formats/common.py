@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from reshard import containers, families
+from reshard.containers import jsontext, shown
 from reshard.encodings import Encoding
 from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.families import Model, carried
@@ -40,26 +41,49 @@ TRANSFORMERS_ASSETS = (
 )
 TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL, "vocab.json")
 PROBLEMS_SHOWN = 3
+# The bytes and the values that a JSON file may have, by the end of its name. A manifest has five
+# values for every stored tensor of every file, an index one for every tensor; a vocabulary of 10^5
+# tokens with its merges has 10^6, in texts beyond ASCII. A config has few, and is written again.
+MAX_JSON = {
+    MANIFEST: (MAX_TEXT_BYTES, 4 << 20),
+    TOKENIZER_JSON: (4 * MAX_TEXT_BYTES, 8 << 20),
+    "vocab.json": (4 * MAX_TEXT_BYTES, 8 << 20),
+    ".index.json": (jsontext.MAX_BYTES, jsontext.MAX_VALUES),
+    "": (jsontext.MAX_BYTES, 1 << 17),
+}
 
 
-def read_text(path: Path) -> str:
-    """A small text file; a missing, huge or undecodable one is a CheckpointError."""
+def read_bytes(path: Path, most: int = MAX_TEXT_BYTES) -> bytes:
+    """A small file; one that is missing, huge or no plain file is a CheckpointError."""
     try:
-        size = path.stat().st_size
-        if size > MAX_TEXT_BYTES:
-            raise CheckpointError(f"`{path}`: {size} bytes, expected a small text file")
-        return path.read_text(encoding="utf-8")
+        with containers.opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise CheckpointError(f"`{path}`: {size} bytes, expected {most} at most")
+            return file.read(size)
     except OSError as error:
         raise CheckpointError(f"`{path}`: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"`{path}`: {error}") from None
+
+
+def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
+    """A small text file; a missing, huge or undecodable one is a CheckpointError."""
+    try:
+        return read_bytes(path, most).decode()
     except UnicodeDecodeError:
         raise CheckpointError(f"`{path}`: not a text file") from None
 
 
 def read_json(path: Path) -> dict[str, Json]:
-    """A JSON object from a small file."""
+    """A JSON object from a small file, within the bounds of `jsontext`."""
+    most_bytes, most_values = next(
+        limits for ending, limits in MAX_JSON.items() if path.name.endswith(ending)
+    )
+    text = read_bytes(path)
     try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        value = jsontext.parse(text, most_bytes=most_bytes, most_values=most_values)
+    except ValueError as error:
         raise CheckpointError(f"`{path}`: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"`{path}`: holds {type(value).__name__}, expected a JSON object")
@@ -68,7 +92,13 @@ def read_json(path: Path) -> dict[str, Json]:
 
 def dump_json(value: Mapping[str, object]) -> bytes:
     """JSON as every output file has it: sorted keys, two blanks, a final newline."""
-    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    try:
+        return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    except ValueError:
+        raise ConfigError(
+            "the model's config has a number that is infinite or none, which JSON does not know; "
+            "remove it from config.json"
+        ) from None
 
 
 def config_files(model: Model) -> dict[str, bytes]:
@@ -83,15 +113,10 @@ def config_files(model: Model) -> dict[str, bytes]:
 
 def confined(name: str, origin: str) -> str:
     """A file name that another file gives, which must stay inside the checkpoint's directory."""
-    parts = name.replace(os.sep, "/").split("/")
-    if (
-        not name
-        or name.startswith("/")
-        or "\0" in name
-        or any(part in ("", ".", "..") for part in parts)
-    ):
+    if not containers.is_inside(name):
         raise CheckpointError(
-            f"`{origin}`: names the file `{name}`, which lies outside the checkpoint's directory"
+            f"`{origin}`: names the file `{shown(name)}`, which lies outside the checkpoint's "
+            "directory, or has no name of a file"
         )
     return name
 
@@ -216,7 +241,8 @@ def dominant_dtype(dtypes: Iterable[torch.dtype]) -> str:
 def divisors(*numbers: int) -> list[int]:
     """All common divisors."""
     largest = math.gcd(*numbers)
-    return [value for value in range(1, largest + 1) if largest % value == 0]
+    small = [value for value in range(1, math.isqrt(largest) + 1) if largest % value == 0]
+    return sorted({*small, *(largest // value for value in small)})
 
 
 def require_plain_heads(model: ModelConfig, name: str) -> None:
@@ -248,13 +274,13 @@ def require_no_bias(model: ModelConfig, name: str) -> None:
 
 def check_headers(scan: Scan, files: Iterable[str]) -> None:
     """Refuse files whose headers do not hold exactly the stored tensors of the layout."""
-    problems = [problem for file in files for problem in _problems(scan, file)]
+    problems = [problem for file in files for problem in header_problems(scan, file)]
     if problems:
         shown, left = "; ".join(problems[:PROBLEMS_SHOWN]), len(problems) - PROBLEMS_SHOWN
         raise CheckpointError(f"{shown} (and {left} more)" if left > 0 else shown)
 
 
-def _problems(scan: Scan, file: str) -> list[str]:
+def header_problems(scan: Scan, file: str) -> list[str]:
     """What is wrong with the header of one file, one line each."""
     header = containers.index(scan.layout.container, scan.root, file)
     entries = header.entries

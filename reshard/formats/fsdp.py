@@ -6,12 +6,11 @@ leaves them, and a model of any family; its config and tokenizer are those besid
 `src.assets`.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from reshard.containers import Skeleton
+from reshard.containers import Skeleton, shown
 from reshard.errors import LayoutError
 from reshard.families import Model, carried
 from reshard.families.carried import CarriedConfig
@@ -27,6 +26,7 @@ NEEDED = {common.CONFIG: (common.CONFIG,), "tokenizer": common.TOKENIZERS}
 SOURCE_KEYS = ("tied",)
 TARGET_KEYS = ("wrapper",)
 TRAIN_PARAMS = "train_params.yaml"
+MAX_PARAMS_BYTES, MAX_PATH_BYTES = 1 << 20, 1 << 10
 
 
 def layout(parameters: Sequence[Parameter], model: Model, options: Options) -> Layout:
@@ -108,22 +108,26 @@ def scan(path: Path, options: Options) -> Scan:
 def _trained_from(root: Path) -> tuple[Path, ...]:
     """The directory of the model that llama-recipes began with, where it is one."""
     name = _model_name(root)
-    return (Path(name),) if name is not None and Path(name).is_dir() else ()
+    if name is None or not name.isprintable() or len(name.encode()) > MAX_PATH_BYTES:
+        return ()
+    return (Path(name),) if Path(name).is_dir() else ()
 
 
 def _model_name(root: Path) -> str | None:
     """The model that train_params.yaml names: a directory, or a model of the hub."""
     if not (root / TRAIN_PARAMS).is_file():
         return None
-    text = common.read_text(root / TRAIN_PARAMS)
-    match = re.search(r"^model_name:[ \t]*(\S.*?)[ \t]*$", text, re.MULTILINE)
-    return match[1].strip("'\"") if match else None
+    for line in common.read_text(root / TRAIN_PARAMS, MAX_PARAMS_BYTES).splitlines():
+        key, _, name = line.partition(":")
+        if key == "model_name" and name.strip():
+            return name.strip().strip("'\"")
+    return None
 
 
 def _advice(root: Path) -> str:
     """Where the config of a model can come from."""
     name = _model_name(root)
-    known = f" (it was trained from `{name}`, by {TRAIN_PARAMS})" if name else ""
+    known = f" (it was trained from `{shown(name)}`, by {TRAIN_PARAMS})" if name else ""
     return (
         "give src.assets=DIR, the Hugging Face directory of the model with its config and "
         f"tokenizer{known}, or src.model=NAME|config.json"

@@ -4,6 +4,7 @@ The numbers of file types are those of llama.cpp's `llama_ftype`. The tokenizer'
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from reshard.containers import shown
 from reshard.containers.gguffile import Value
 from reshard.errors import CheckpointError, ConfigError, LayoutError
-from reshard.families.model import Json, ModelConfig, scaling_type
+from reshard.families.model import MAX_NUMBER, Json, ModelConfig, scaling_type
 from reshard.families.releases import LLAMA_3_SCALING, ROPE_SCALING
 from reshard.layout import Parameter
 
@@ -61,15 +63,17 @@ def require_said(model: ModelConfig, name: str) -> None:
     odd = {key for key in scaling if key not in SAID and scaling[key] != IMPLIED.get(key)}
     if kind in ("linear", "yarn") and odd:
         raise LayoutError(
-            f"{name}: rope_scaling has {min(odd)} {scaling[min(odd)]}, which has no key in a GGUF "
-            "header here; use --dst hf"
+            f"{name}: rope_scaling has {shown(min(odd))} {reprlib.repr(scaling[min(odd)])}, which "
+            "has no key in a GGUF header here; use --dst hf"
         )
     if kind == "llama3" and model.model_type not in INTERLEAVED:
         raise LayoutError(
             f"{name}: rope_scaling of type llama3 is not known of {model.model_type}; use --dst hf"
         )
     if (activation := model.extras.get("hidden_act", "silu")) != "silu":
-        raise LayoutError(f"{name}: hidden_act is {activation}, llama.cpp has silu here")
+        raise LayoutError(
+            f"{name}: hidden_act is {shown(str(activation))}, llama.cpp has silu here"
+        )
     if model.mlp_bias:
         raise LayoutError(f"{name}: the model has mlp_bias=true, which llama.cpp does not read")
 
@@ -126,7 +130,13 @@ def _scaling(model: ModelConfig) -> dict[str, Value]:
 
 
 def _float(value: Json, default: float) -> float:
-    return float(value) if isinstance(value, int | float) else default
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return default
+    if not 0 < value <= MAX_NUMBER:
+        raise LayoutError(
+            f"gguf: rope_scaling has {reprlib.repr(value)}, expected a positive number"
+        )
+    return float(value)
 
 
 def _size_label(parameters: Sequence[Parameter]) -> str:
@@ -150,6 +160,8 @@ def rope_factors(model: ModelConfig) -> torch.Tensor | None:
     said = {key: _float(given.get(key), usual) for key, usual in LLAMA_3_SCALING.items()}
     factor, low, high = said["factor"], said["low_freq_factor"], said["high_freq_factor"]
     original = said["original_max_position_embeddings"]
+    if low >= high:
+        raise LayoutError(f"gguf: rope_scaling has low_freq_factor {low:g} and high {high:g}")
     steps = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
     factors = []
     for frequency in (1.0 / model.rope_theta**steps).tolist():
@@ -177,7 +189,8 @@ class Header:
         if arch not in ARCHITECTURES.values():
             known = ", ".join(sorted(set(ARCHITECTURES.values())))
             raise CheckpointError(
-                f"`{self.path}`: architecture {arch!r} is not known, expected one of {known}"
+                f"`{self.path}`: architecture {reprlib.repr(arch)} is not known, "
+                f"expected one of {known}"
             )
         heads = self._size(f"{arch}.attention.head_count")
         hidden = self._size(f"{arch}.embedding_length")
@@ -217,7 +230,7 @@ class Header:
             return None
         if kind not in ("linear", "yarn"):
             raise CheckpointError(
-                f"`{self.path}`: rope.scaling.type is {kind!r}, which is not supported"
+                f"`{self.path}`: rope.scaling.type is {reprlib.repr(kind)}, which is not supported"
             )
         found: dict[str, Json] = {
             "rope_type": str(kind),
@@ -233,15 +246,22 @@ class Header:
         if isinstance(value, tuple) and len(set(value)) == 1:
             value = value[0]
         if type(value) is not int or value < 1:
-            raise CheckpointError(f"`{self.path}`: {key} is {value!r}, expected a positive number")
+            raise self._wrong(key, value)
         return value
 
     def _number(self, key: str, default: float) -> float:
         value = self.metadata.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise CheckpointError(f"`{self.path}`: {key} is {value!r}, expected a positive number")
+        # nan is within no limits.
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(key, value)
+        if not 0 < value <= MAX_NUMBER:
+            raise self._wrong(key, value)
         # A float32 with the digits that tell it from its neighbours: 1e-05, not 9.99999974e-06.
         return float(str(np.float32(value)))
+
+    def _wrong(self, key: str, value: object) -> CheckpointError:
+        found = reprlib.repr(value)
+        return CheckpointError(f"`{self.path}`: {key} is {found}, expected a positive number")
 
     def _token(self, name: str) -> int | None:
         value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -277,7 +297,7 @@ def agreed(
     if not alike or (kind != "llama3" and kind != scaling_type(described)):
         raise CheckpointError(
             f"`{path}`: its rotary scaling is not the rope_scaling of the model's config, "
-            f"{known.rope_scaling}; is it the config of this model?"
+            f"{reprlib.repr(known.rope_scaling)}; is it the config of this model?"
         )
     said = {
         name: getattr(described, name)

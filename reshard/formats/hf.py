@@ -6,11 +6,13 @@ spells it.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
 from reshard import containers, families
+from reshard.containers import shown
 from reshard.errors import CheckpointError, LayoutError
 from reshard.families import Model, carried
 from reshard.families.carried import CarriedConfig
@@ -198,9 +200,11 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"`{path / INDEX}`: `weight_map` is missing or empty")
     files: dict[str, str] = {}
     for key, file in table.items():
+        if not containers.is_key(key):
+            raise CheckpointError(f"`{path / INDEX}`: `{shown(key)}` is no name of a tensor")
         if not isinstance(file, str):
             raise CheckpointError(
-                f"`{path / INDEX}`: `{key}` maps to {file!r}, expected a file name"
+                f"`{path / INDEX}`: `{key}` maps to {reprlib.repr(file)}, expected a file name"
             )
         files[key] = confined = common.confined(file, str(path / INDEX))
         if not (path / confined).exists():

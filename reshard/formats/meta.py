@@ -181,6 +181,7 @@ def scan(path: Path, options: Options) -> Scan:
     for decide in (_drop_copied_heads, _tie):
         model, lines = decide([path / file for file in files], model, options, known)
         assumed += lines
+    common.require_no_bias(model, NAME)
     expected = parameters_of(model)
     dtypes = {
         parameter.name: entries[key].dtype

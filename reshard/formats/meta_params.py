@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from reshard.containers import shown
 from reshard.errors import CheckpointError, LayoutError
 from reshard.families import finding
 from reshard.families.finding import Said
@@ -111,12 +112,14 @@ def to_model(
     eps = _number(path, params, "norm_eps", 1e-5)
     scaled = params.get("use_scaled_rope") or False
     if not isinstance(scaled, bool):
-        raise CheckpointError(f"`{path}`: use_scaled_rope is {scaled!r}, expected true or false")
+        raise CheckpointError(
+            f"`{path}`: use_scaled_rope is {reprlib.repr(scaled)}, expected true or false"
+        )
     if known is not None:
         if scaled != (scaling_type(known) == "llama3"):
             raise CheckpointError(
                 f"`{path}`: use_scaled_rope is {scaled}, but the config of the model has "
-                f"rope_scaling {known.rope_scaling}"
+                f"rope_scaling {reprlib.repr(known.rope_scaling)}"
             )
         return replace(known, **asdict(sizes), norm_eps=eps, rope_theta=theta), []
     model = ModelConfig("llama", **asdict(sizes), norm_eps=eps, rope_theta=theta)
@@ -130,11 +133,13 @@ def require_said(model: ModelConfig, name: str) -> None:
     if model.rope_scaling is not None and not is_llama_3_scaling(model):
         usual = {key: value for key, value in LLAMA_3_SCALING.items() if key != "factor"}
         raise LayoutError(
-            f"{name}: rope_scaling {dict(model.rope_scaling)} cannot be said in params.json, "
-            f"which knows llama3 scaling with {usual} only; use --dst hf"
+            f"{name}: rope_scaling {shown(str(dict(model.rope_scaling)))} cannot be said in "
+            f"params.json, which knows llama3 scaling with {usual} only; use --dst hf"
         )
     if (activation := model.extras.get("hidden_act", "silu")) != "silu":
-        raise LayoutError(f"{name}: hidden_act is {activation}, Meta's code has silu only")
+        raise LayoutError(
+            f"{name}: hidden_act is {shown(str(activation))}, Meta's code has silu only"
+        )
 
 
 def _number(path: Path, params: Mapping[str, Json], key: str, default: float) -> float:

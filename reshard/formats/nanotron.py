@@ -7,6 +7,7 @@ against the layout.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -260,6 +261,10 @@ def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, 
             f"`{name}`: says nothing of rope_interleaved, whose default has changed in Nanotron; "
             "give src.rope_interleaved=true (older) or false"
         )
+    if not isinstance(interleaved, bool):
+        raise CheckpointError(
+            f"`{name}`: rope_interleaved is {reprlib.repr(interleaved)}, expected true or false"
+        )
     if options.rope_interleaved is not None and interleaved != options.rope_interleaved:
         raise CheckpointError(
             f"`{name}`: rope_interleaved is {interleaved}, "
@@ -282,7 +287,7 @@ def _model(root: Path, options: Options, rows: int) -> tuple[ModelConfig, bool, 
         assumed.append(f"{rows - model.vocab} rows of vocabulary padding dropped")
     if options.tied is not None:
         model = replace(model, tied=options.tied)
-    return model, bool(interleaved), assumed
+    return model, interleaved, assumed
 
 
 def side_files(model: ModelConfig, layout: Layout, options: Options) -> dict[str, bytes]:

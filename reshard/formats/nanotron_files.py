@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import OmegaConf
 
+from reshard.containers import shown
 from reshard.families.model import Json, ModelConfig
 from reshard.formats.options import Mesh
 from reshard.layout import Layout
@@ -146,7 +147,7 @@ def wrong_slices(layout: Layout, file: str, found: Mapping[str, object]) -> str 
         # numpy 2 prints the sizes of fused tensors as np.int64(128)
         text, wanted = re.sub(r"np\.int64\((\d+)\)", r"\1", str(found[key])), str(expected[key])
         if text.replace(" ", "") != wanted.replace(" ", ""):
-            return f"`{file}`: its header says {key} {text[:80]}, expected {wanted[:80]}"
+            return f"`{file}`: its header says {key} {shown(text)}, expected {wanted[:80]}"
     return None
 
 

@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 
 from reshard import containers
+from reshard.containers import shown
 from reshard.errors import CheckpointError
 from reshard.formats import common
 from reshard.formats.options import Mesh, Options
 from reshard.layout import Layout
 
 KEY = "data"
+MAX_LATEST_BYTES = 1 << 12
 
 
 FILE = "model/model/{module}/model_{leaf}{suffix}.safetensors"
@@ -51,18 +53,25 @@ def step(path: Path) -> Path:
     """The step directory that a run's folder names as its latest, or `path` itself."""
     if not (path / "latest.txt").is_file():
         return path
-    step = common.read_text(path / "latest.txt").strip()
-    if not re.fullmatch(r"\d{1,12}", step) or not (path / step).is_dir():
+    step = common.read_text(path / "latest.txt", MAX_LATEST_BYTES).strip()
+    if not re.fullmatch(r"\d{1,12}", step, re.ASCII) or not (path / step).is_dir():
         raise CheckpointError(
-            f"`{path / 'latest.txt'}`: names step `{step[:40]}`, which is not there"
+            f"`{path / 'latest.txt'}`: names step `{shown(step)}`, which is not there"
         )
     return path / step
 
 
 def stored_files(root: Path) -> list[str]:
-    """Every safetensors file below model/, relative to the step directory."""
-    found = []
-    for folder, _, names in os.walk(root / "model"):
+    """Every safetensors file below model/, relative to the step directory; links are followed."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, inside, names in os.walk(root / "model", followlinks=True):
+        status = os.stat(folder)
+        # A link to a directory above would lead there again and again.
+        if (status.st_dev, status.st_ino) in seen:
+            inside.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         found += [
             os.path.relpath(os.path.join(folder, name), root)
             for name in names
@@ -75,7 +84,8 @@ def topology(root: Path, options: Options) -> tuple[Mesh, dict[str, int]]:
     """The mesh and the stages that the file names tell; files of more than one mesh are refused."""
     sizes: dict[tuple[int, int], str] = {}
     stages: dict[str, int] = {}
-    for file in stored_files(root):
+    files = stored_files(root)
+    for file in files:
         match = FILE_NAME.fullmatch(os.path.basename(file))
         if match is None:
             raise CheckpointError(
@@ -93,6 +103,12 @@ def topology(root: Path, options: Options) -> tuple[Mesh, dict[str, int]]:
     if "embedding" not in stages:
         raise CheckpointError(f"`{root}`: no file of {MODULES['embedding']} is there")
     (pp, tp), file = next(iter(sizes.items()))
+    # A layout takes memory for each rank that a name speaks of.
+    if max(pp, tp) > len(files):
+        raise CheckpointError(
+            f"`{root / file}`: is one of tp={tp} pp={pp}, but there are {len(files)} files; "
+            "complete the download"
+        )
     asked = options.mesh
     if asked and (asked.tp, asked.pp) != (tp, pp):
         raise CheckpointError(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reshard.containers import pickles
 from reshard.containers.pickles import Built, Global, Machine
 
 PROTOCOLS = (2, 3, 4, 5)
@@ -256,7 +257,7 @@ def test_memory_is_bounded_by_the_length(value):
         Named(pickled).run()
         assert tracemalloc.get_traced_memory()[1] < 100 * len(pickled)
     except ValueError as error:
-        assert "more lists, dicts and tuples than a thing needs" in str(error)  # noqa: PT017
+        assert "dicts, tuples and texts than a thing needs" in str(error)  # noqa: PT017
     finally:
         tracemalloc.stop()
 
@@ -271,23 +272,39 @@ CONTAINERS = {
 }
 
 
+@pytest.fixture
+def nothing_free(monkeypatch):
+    """Without the constant part of the budget, which would take long to spend, short pickles do."""
+    assert pickles._FREE_BYTES <= 16 << 20
+    monkeypatch.setattr(pickles, "_FREE_BYTES", 0)
+
+
 @pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.usefixtures("nothing_free")
 def test_containers_alone_are_refused_before_they_take_much(kind):
-    pickled = b"\x80\x02)" + CONTAINERS[kind] * ((8 << 20) // len(CONTAINERS[kind])) + b"."
+    pickled = b"\x80\x02)" + CONTAINERS[kind] * ((1 << 18) // len(CONTAINERS[kind])) + b"."
     tracemalloc.start()
     try:
-        assert "makes more lists, dicts and tuples than a thing needs" in refusal(pickled)
+        assert "makes more lists, dicts, tuples and texts than a thing needs" in refusal(pickled)
         assert tracemalloc.get_traced_memory()[1] < 22 * len(pickled)
     finally:
         tracemalloc.stop()
 
 
+@pytest.mark.usefixtures("nothing_free")
+@pytest.mark.parametrize("text", [b"\x8c\x02ab", b"C\x01a"], ids=["texts", "bytes"])
+def test_short_texts_are_held_against_the_length_too(monkeypatch, text):
+    monkeypatch.setattr(Things, "bytes_per_byte", 4)
+    assert "makes more lists, dicts, tuples and texts" in refusal(b"\x80\x04" + text * 1000 + b".")
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_what_metadata_holds_is_no_bomb(protocol):
-    """As dense as `.metadata` of empty chunks: the densest that torch writes."""
-    things = [Thing(a=((0,),), b=((n % 9,),)) for n in range(200_000)]
+def test_what_metadata_holds_is_no_bomb(protocol, monkeypatch):
+    """As dense as `.metadata` of empty chunks: the densest that torch writes, a tenth of it."""
+    monkeypatch.setattr(pickles, "_FREE_BYTES", pickles._FREE_BYTES // 10)
+    things = [Thing(a=((0,),), b=((n % 9,),)) for n in range(20_000)]
     pickled = pickle.dumps(things, protocol)
-    assert len(run(pickled)) == 200_000
+    assert len(run(pickled)) == 20_000
 
 
 def test_a_list_in_itself_and_a_deep_tuple_end():

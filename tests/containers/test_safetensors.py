@@ -175,8 +175,8 @@ def test_index_matches_the_library_on_the_fixtures():
 
 
 BAD_HEADERS = {
-    "a duplicate": (b'{"x":{"a":1},"x":{"a":1}}', 0, "tensor `x` appears twice in the header"),
-    "a duplicate field": (b'{"x":{"dtype":"U8","dtype":"I8"}}', 0, "field `dtype` appears twice"),
+    "a duplicate": (b'{"x":{"a":1},"x":{"a":1}}', 0, "the key `x` appears twice"),
+    "a duplicate field": (b'{"x":{"dtype":"U8","dtype":"I8"}}', 0, "the key `dtype` appears twice"),
     "an unknown dtype": ({"x": described(0, 2, dtype="F4")}, 2, "has dtype `F4`, expected one of"),
     "a list as dtype": ({"x": described(0, 2, dtype=["U8"])}, 2, "has dtype `none`"),
     "a wrong span": ({"x": described(0, 3)}, 3, "spans 3 bytes, but its shape and U8 take 2"),
@@ -191,7 +191,7 @@ BAD_HEADERS = {
     "a late start": ({"x": described(1, 3)}, 3, "tensor `x` leaves a hole before it"),
     "missing bytes": ({"x": described(0, 2)}, 1, r"truncated: \d+ bytes, its header says \d+"),
     "trailing bytes": ({"x": described(0, 2)}, 3, r"is too long: \d+ bytes, its header says \d+"),
-    "a huge shape": ({"x": described(0, 2, [10**19] * 8)}, 2, "U8 take 10{152}$"),
+    "a huge shape": ({"x": described(0, 2, [10**19] * 8)}, 2, "more elements than any file"),
     "a list": ([1], 0, "its header is not a JSON object"),
     "a tensor that is text": ({"x": "y"}, 0, "tensor `x` is not a JSON object"),
     "metadata of numbers": ({"__metadata__": {"a": 1}}, 0, "`__metadata__` does not map text"),
@@ -199,9 +199,9 @@ BAD_HEADERS = {
     "bad UTF-8": (b'{"\xff":1}', 0, "codec can't decode"),
     "endless digits": (b'{"x":' + b"9" * 5000 + b"}", 0, "a number of 5000 digits"),
     "deep nesting": (b'{"x":' + b"[" * 100_000, 0, "nested too deeply"),
-    "many values": (b'{"x":[' + b"[]," * 5_000_000, 0, "expected 8000000 at most"),
-    "a newline in a key": ({"x\ny": described(0, 2)}, 2, r"tensor `x\\ny` has a name"),
-    "half a surrogate": (b'{"\\ud800":{}}', 0, r"tensor `\\ud800` has a name"),
+    "many values": (b'{"x":[' + b"[]," * 600_000, 0, "expected at most 1048576"),
+    "a newline in a key": ({"x\ny": described(0, 2)}, 2, r"tensor `x\\ny` has a name of 3"),
+    "half a surrogate": (b'{"\\ud800":{}}', 0, "surrogates not allowed"),
 }
 
 
@@ -220,7 +220,7 @@ def test_a_bad_header_is_refused_in_one_line(tmp_path, fault):
     [
         (b"", "truncated: 0 bytes"),
         (b"1234567", "truncated: 7 bytes"),
-        (b"\xff" * 8, "header would take 18446744073709551615 bytes, expected at most 100000000"),
+        (b"\xff" * 8, "header would take 18446744073709551615 bytes, expected at most 33554432"),
         ((100).to_bytes(8, "little") + b"{}", "truncated: 10 bytes, its header alone ends at 108"),
     ],
 )

@@ -261,9 +261,8 @@ def test_dims_strides_and_storages_beyond_32_bits_survive(tmp_path):
     assert found["y"].shape == (2**31,)
 
 
-@pytest.mark.parametrize("count", [65_529, 65_530])
-def test_more_records_than_16_bits_count(tmp_path, count):
-    path = tmp_path / "m.pth"
+def test_more_records_than_16_bits_count(tmp_path):
+    path, count = tmp_path / "m.pth", 65_530
     specs = [TensorSpec(f"t{number}", torch.uint8, (1,)) for number in range(count)]
     write_sparse(path, specs, {f"t{count - 1}": {0: 7}})
     found = torch.load(path, mmap=True, weights_only=True)
@@ -487,14 +486,18 @@ BAD_TENSORS = {
     "by the offset": ({"offset": 1}, "tensor `x` has 6 elements up to 6, but its storage 6"),
     "an empty one": ({"shape": (0, 3), "offset": 7}, "tensor `x` has 0 elements up to 6"),
     "expanded": ({"shape": (2**50, 3), "strides": (0, 1)}, "tensor `x` has 3377699720527872 ele"),
-    "thousands of digits": ({"shape": (1 << 1900,) * 2}, "has more than 2^256 elements up to"),
+    "thousands of digits": ({"shape": (1 << 1900,) * 2}, "must be integers from 0"),
+    "a huge shape with an empty dim": (
+        {"shape": (0, 1 << 62, 4), "strides": (1, 1, 1)},
+        "a tensor has more elements than any file",
+    ),
     "beyond the record": ({"numel": 7}, "storage of 28 bytes, but record `data/0` holds 24"),
     "a negative numel": ({"numel": -6}, "names a storage in a way"),
     "a huge numel": ({"numel": 1 << 80}, "names a storage in a way"),
-    "a negative offset": ({"offset": -1}, "must be non-negative integers"),
-    "a negative dim": ({"shape": (-2, 3)}, "must be non-negative integers"),
-    "a negative stride": ({"strides": (-3, 1)}, "must be non-negative integers"),
-    "a bool dim": ({"shape": (True, 3)}, "must be non-negative integers"),
+    "a negative offset": ({"offset": -1}, "must be integers from 0"),
+    "a negative dim": ({"shape": (-2, 3)}, "must be integers from 0"),
+    "a negative stride": ({"strides": (-3, 1)}, "must be integers from 0"),
+    "a bool dim": ({"shape": (True, 3)}, "must be integers from 0"),
     "a list for a shape": ({"shape": [2, 3]}, "is not a tuple of 8 dims at most"),
     "nine dims": ({"shape": (1,) * 9, "strides": (1,) * 9}, "is not a tuple of 8 dims at most"),
     "fewer strides": ({"strides": (1,)}, "2 dims and 1 strides"),
@@ -525,8 +528,8 @@ BOMBS = {
     "text of 4 GiB": (b"X\xff\xff\xff\xff.", "its pickle is damaged"),
     "bytes of 2^56": (b"\x8e" + b"\xff" * 7 + b"\0.", "its pickle is damaged"),
     "a bytearray of 2^40": (b"\x96" + b"\xff" * 5 + b"\0\0\0.", "its pickle is damaged"),
-    "endless lists": (b"]" * 4_100_000 + b".", "makes more lists, dicts and tuples than a dict"),
-    "endless opcodes": (b"N" * 4_100_000 + b".", "more than 4000000 opcodes"),
+    "endless lists": (b"]" * 300_000 + b".", "makes more lists, dicts, tuples and texts than a"),
+    "endless opcodes": (b"N" * 3_000_001 + b".", "more than 3000000 opcodes"),
     "a code object": (b"\x82\x01.", "uses the opcode EXT1"),
     "an empty stack": (b"u.", "its pickle is damaged"),
     "an unknown memo": (b"h\x07.", "its pickle is damaged"),
@@ -554,12 +557,12 @@ def test_a_memo_index_costs_no_memory(tmp_path):
 
 def test_a_huge_pickle_is_refused_unread(tmp_path):
     path = tmp_path / "m.pth"
-    write_sparse(path, [TensorSpec("x", torch.uint8, (2**26 + 1,))], {})
+    write_sparse(path, [TensorSpec("x", torch.uint8, (2**25 + 1,))], {})
     content = path.read_bytes().replace(b"archive/data.pkl", b"archive/data.xxx")
     path.write_bytes(content.replace(b"archive/data/0", b"b/////data.pkl"))
     assert "holds 0 `*/data.pkl`, expected 1" in refusal(path)
     path.write_bytes(content.replace(b"archive/data/0", b"arch1/data.pkl"))
-    assert "takes 67108865 bytes, expected at most 67108864" in refusal(path)
+    assert "takes 33554433 bytes, expected at most 33554432" in refusal(path)
 
 
 def test_a_legacy_file_is_refused_with_what_to_do(tmp_path):
@@ -632,7 +635,7 @@ def test_a_record_beyond_the_file_is_called_truncated(tmp_path):
     assert content[entry : entry + 8] == size
     longer = (2**20).to_bytes(4, "little") * 2
     (tmp_path / "m.pth").write_bytes(content[:entry] + longer + content[entry + 8 :])
-    assert f"truncated: {len(content)} bytes, record `data/0` ends at" in refusal(
+    assert f"truncated: {len(content)} bytes, but `archive/data/0` ends at" in refusal(
         tmp_path / "m.pth"
     )
 
@@ -653,7 +656,11 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, writer, sixteenth):
 SMALL, _ = filled(SPECS[:4])
 
 
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=500,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(position=st.integers(0, len(SMALL) - 1), value=st.integers(1, 255))
 def test_a_flipped_byte_is_refused_or_harmless(tmp_path, position, value):
     content = bytearray(SMALL)
@@ -664,7 +671,11 @@ def test_a_flipped_byte_is_refused_or_harmless(tmp_path, position, value):
 PICKLED = tensor_pickle()
 
 
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=500,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(position=st.integers(0, len(PICKLED) - 1), value=st.integers(0, 255), cut=st.booleans())
 def test_a_changed_pickle_with_a_right_checksum_is_refused_or_harmless(
     tmp_path, position, value, cut
@@ -678,7 +689,11 @@ def test_a_changed_pickle_with_a_right_checksum_is_refused_or_harmless(
     assert_refused_or_inside(path, path.read_bytes())
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     opcodes=st.lists(st.sampled_from([bytes([c]) for c in b"})](.tQRsuabN\x85\x86\x87\x88q\0h"]))
 )

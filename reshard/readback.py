@@ -1,0 +1,143 @@
+"""Reading back what was written: spans of files against their checksums, by all ranks at once."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from isal import isal_zlib
+
+from reshard.distributed import Ranks
+from reshard.errors import CheckpointError, StorageError
+from reshard.progress import Progress
+from reshard.storage import crc32_of
+
+# Long spans are cut, so that ranks and threads share a file of one tensor too.
+PIECE_BYTES = 32 << 20
+# A second thread per rank reads while the first computes; further ones gained nothing.
+THREADS = 2
+BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """An extent of a file as the manifest has it; `reason` says why it could not be read."""
+
+    file: str
+    start: int
+    length: int
+    what: str
+    crc: int
+    reason: str = ""
+
+    def difference(self, other: str) -> str:
+        """What to say of a span that differs from `other`."""
+        found = f"cannot be compared: {self.reason}" if self.reason else f"differ from {other}"
+        return (
+            f"`{self.file}`: bytes {self.start} to {self.start + self.length} ({self.what}) {found}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of the span of that number."""
+
+    span: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What reading a piece gave: its CRC32, or the reason why there is none."""
+
+    piece: _Piece
+    crc: int
+    reason: str = ""
+
+
+def spans_of(records: Mapping[str, object]) -> list[Span]:
+    """The extents in a manifest's file records; a TypeError or a ValueError for anything else."""
+    spans = []
+    for file, record in records.items():
+        extents = record.get("extents") if isinstance(record, dict) else None
+        if not isinstance(extents, list) or not isinstance(record, dict):
+            raise TypeError(f"`{file}` has no extents")
+        for start, length, what, crc in extents:
+            numbers = (start, length, crc, record.get("size"))
+            if not all(isinstance(number, int) for number in numbers):
+                raise TypeError(f"`{file}` has an extent that is no range of bytes")
+            if not 0 <= start <= start + length <= record["size"]:
+                raise ValueError(f"`{file}` has an extent beyond its end")
+            spans.append(Span(file, start, length, str(what), crc))
+    return spans
+
+
+def differing(root: Path, spans: Sequence[Span], ranks: Ranks) -> list[Span]:
+    """The spans below `root` that do not have their checksum, in the order given; all ranks agree.
+
+    Every byte is read, dealt out evenly over the ranks. A span that cannot be read differs too.
+    """
+    ranks.phase("verify")
+    own, cut = _read_share(root, spans, ranks)
+    wrong = {number: reason for part in ranks.gather(own) for number, reason in part.items()}
+    wrong |= _joined(spans, [read for part in ranks.gather(cut) for read in part])
+    return [replace(spans[number], reason=wrong[number]) for number in sorted(wrong)]
+
+
+def _read_share(
+    root: Path, spans: Sequence[Span], ranks: Ranks
+) -> tuple[dict[int, str], list[_Read]]:
+    """Of this rank's pieces: the whole spans that differ, and all that are part of a longer one."""
+    wrong: dict[int, str] = {}
+    cut: list[_Read] = []
+    pieces = _share(spans, ranks.rank, ranks.world)
+
+    size = sum(span.length for span in spans) // ranks.world
+
+    def read(piece: _Piece) -> _Read:
+        try:
+            path = root / spans[piece.span].file
+            return _Read(piece, crc32_of(path, piece.start, piece.length))
+        except (CheckpointError, StorageError) as error:
+            return _Read(piece, 0, str(error))
+
+    shown = Progress(size, ranks.rank == 0, ranks.step, "reading back")
+    with ThreadPoolExecutor(THREADS) as threads, shown as progress:
+        while batch := list(islice(pieces, BATCH)):
+            for found in threads.map(read, batch):
+                progress.add(found.piece.length)
+                span = spans[found.piece.span]
+                if found.piece.length < span.length:
+                    cut.append(found)
+                elif found.reason or found.crc != span.crc:
+                    wrong[found.piece.span] = found.reason
+    return wrong, cut
+
+
+def _share(spans: Sequence[Span], rank: int, world: int) -> Iterator[_Piece]:
+    """The pieces of one rank: those whose middle lies in its part of all bytes."""
+    total, position = sum(span.length for span in spans), 0
+    for number, span in enumerate(spans):
+        for start in range(0, span.length, PIECE_BYTES):
+            length = min(PIECE_BYTES, span.length - start)
+            if (2 * position + length) * world // (2 * total) == rank:
+                yield _Piece(number, span.start + start, length)
+            position += length
+
+
+def _joined(spans: Sequence[Span], reads: Sequence[_Read]) -> dict[int, str]:
+    """Of the spans that were read in pieces, those that differ, with the first reason if any."""
+    crcs: dict[int, int] = {}
+    reasons: dict[int, str] = {}
+    for read in sorted(reads, key=lambda read: (read.piece.span, read.piece.start)):
+        number, piece = read.piece.span, read.piece
+        crcs[number] = isal_zlib.crc32_combine(crcs.get(number, 0), read.crc, piece.length)
+        if read.reason:
+            reasons.setdefault(number, read.reason)
+    return {
+        number: reasons.get(number, "")
+        for number, crc in crcs.items()
+        if number in reasons or crc != spans[number].crc
+    }
