@@ -58,7 +58,7 @@ A target is absent or complete, whatever ends a job; TorchTitan's is dst.path/st
   A symlink or a mount point as DST is refused: name a directory below it. DST.lock keeps a second
   job away for as long as the first lives.
 
-exit codes: 0 done or already done; 1 failed, or a difference was found; 2 refused
+exit codes: 0 done or already done; 1 failed, or a difference was found; 2 refused; 130, 143 stopped
 """
 
 

@@ -16,16 +16,11 @@ from reshard.arguments import VERBS, check_flags, parser
 from reshard.buffers import ALIGN
 from reshard.compare import against_other
 from reshard.demo import Demo
-from reshard.distributed import (
-    Ranks,
-    end_with_launcher,
-    launched_rank,
-    launcher_lives,
-    refused_before,
-    remember_refusal,
-)
+from reshard.distributed import Ranks, end_with_launcher
 from reshard.engine import least_memory
 from reshard.errors import ConfigError, PeerError, told
+from reshard.formats.common import MANIFEST
+from reshard.meeting import launched_rank, launcher_lives, refused_before, remember_refusal
 from reshard.prepare import prepare
 from reshard.smallfiles import discard_scratch
 from reshard.storage import explained
@@ -47,10 +42,10 @@ def entry() -> None:
 def main(argv: Sequence[str]) -> int:
     """Run one command; the exit code."""
     ranks: list[Ranks] = []
-    if refused_before():
-        return 2
     end_with_launcher(lambda: bool(ranks))
     try:
+        if refused_before():
+            return 2
         arguments = parser().parse_intermixed_args(argv)
         return _dispatch(arguments, ranks)
     except (Exception, KeyboardInterrupt) as error:
@@ -197,7 +192,9 @@ def _verify(
     if len(paths) == 2:
         memory = config.engine.memory
         lines = against_other(one, Path(paths[1]), options, memory, met, cast=arguments.cast)
-    if len(paths) == 1 and (not arguments.load or verify.has_manifest(one)):
+    elif arguments.load and not verify.has_manifest(one):
+        lines = [f"no {MANIFEST} in {one}: its bytes are not compared with anything"]
+    else:
         lines = verify.against_manifest(one, met)
     if arguments.load:
         lines += loading.load(one, options, met)

@@ -20,13 +20,12 @@ from isal import isal_zlib
 from reshard import containers
 from reshard.containers import Blob, Skeleton, TensorSpec, pieces_of
 from reshard.errors import CheckpointError, StorageError
-from reshard.formats import common
 from reshard.geometry import row_major
 from reshard.journal import Record
 from reshard.layout import Content, Layout, StoredTensor
-from reshard.storage import Files, create, explained, sync
+from reshard.manifest import written
+from reshard.storage import Files, create, sync
 
-MANIFEST_VERSION = 1
 ZEROS = bytes(1 << 20)
 OFFSETS_KEPT = 40_000  # about 200 bytes each
 
@@ -244,8 +243,7 @@ def file_record(extents: Sequence[Extent]) -> dict[str, object]:
 
 def manifest(body: Mapping[str, object]) -> bytes:
     """reshard.json, with a checksum over everything else in it."""
-    record = {**body, "version": MANIFEST_VERSION}
-    return common.dump_json({**record, "crc32": isal_zlib.crc32(common.dump_json(record))})
+    return written(body)
 
 
 def write_pieces(
@@ -266,5 +264,4 @@ def write_pieces(
 def sync_directories(root: Path) -> None:
     """Bring every directory below `root` to the disk."""
     for folder, _, _ in os.walk(root):
-        with explained("sync", Path(folder)):
-            sync(Path(folder))
+        sync(Path(folder))

@@ -5,8 +5,7 @@ into the parameter, whatever the layouts.
 """
 
 import os
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,13 +13,22 @@ import torch
 from reshard import formats
 from reshard.buffers import ALIGN, Buffer, Part, load
 from reshard.commit import SourcePlaces
+from reshard.differences import (
+    Difference,
+    Findings,
+    converted,
+    kind_of,
+    kinds_of,
+    raise_on,
+    warning,
+)
 from reshard.distributed import Ranks
 from reshard.engine import RESERVED_BYTES
 from reshard.errors import ConfigError, LayoutError, VerifyError
 from reshard.formats import common
 from reshard.formats.options import Options, Scan
-from reshard.geometry import Region, row_major, whole
-from reshard.layout import Slot, StoredTensor, check_same_parameters
+from reshard.geometry import Region, row_major
+from reshard.layout import StoredTensor, check_same_parameters
 from reshard.moves import Move
 from reshard.packing import copies, plain
 from reshard.plan import Plan
@@ -28,44 +36,7 @@ from reshard.progress import Progress
 from reshard.sources import without_padding
 from reshard.storage import Files
 from reshard.units import size_text
-from reshard.values import Kind, Unequal, comparable, joined, unequal
-
-DIFFERENCES_SHOWN = 3
-HINT = "; --cast compares after B's dtype"
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """What of a parameter differs in a block, or in all of it; `index` is that of the first."""
-
-    parameter: str
-    index: tuple[int, ...]
-    found: Unequal
-    files: tuple[str, str]
-
-
-@dataclass(slots=True)
-class Findings:
-    """What was found: differences by parameter, copies that must not differ, copies that may."""
-
-    differences: dict[str, Difference] = field(default_factory=dict)
-    forbidden: set[str] = field(default_factory=set)
-    allowed: set[tuple[str, str]] = field(default_factory=set)
-
-    def take(self, found: Difference) -> None:
-        """Add a difference; of one parameter the first by index is kept, and all are counted."""
-        known = self.differences.get(found.parameter)
-        if known is not None:
-            pair = sorted((known, found), key=lambda one: one.index)
-            found = replace(pair[0], found=joined([one.found for one in pair]))
-        self.differences[found.parameter] = found
-
-    def add(self, more: "Findings") -> None:
-        """Add what another rank found."""
-        for found in more.differences.values():
-            self.take(found)
-        self.forbidden |= more.forbidden
-        self.allowed |= more.allowed
+from reshard.values import Kind, comparable, unequal
 
 
 def against_other(
@@ -91,13 +62,13 @@ def against_other(
     found = Findings()
     for part in ranks.gather(_compare(sides, plan, ranks, cast=cast)):
         found.add(part)
-    _raise_on(f"`{one}` and `{other}`", plan, found, cast=cast)
+    raise_on(f"`{one}` and `{other}`", plan, found, cast=cast)
     total = size_text(first.layout.total_bytes())
     return [
-        *_warning(found.allowed),
+        *warning(found.allowed),
         f"equal: {len(plan.names)} parameters, {total}: {one} ({first.layout.name}) "
         f"and {other} ({second.layout.name})",
-        *_converted(plan, cast=cast),
+        *converted(plan, cast=cast),
     ]
 
 
@@ -121,15 +92,6 @@ def _capacity(plan: Plan, memory: int) -> int:
             f"the least that works is {least}MiB"
         )
     return capacity
-
-
-def _kind(slot: Slot) -> Kind:
-    return Kind(slot.dtype, slot.encoding)
-
-
-def _kinds(plan: Plan, parameter: str) -> tuple[Kind, Kind]:
-    """How the two sides store a parameter."""
-    return (_kind(plan.source.places[parameter][0]), _kind(plan.target.places[parameter][0]))
 
 
 class Side:
@@ -188,7 +150,7 @@ def _compare(sides: tuple[Side, Side], plan: Plan, ranks: Ranks, *, cast: bool) 
         for move in plan.moves(ranks.rank):
             sides[0].load(move.reads)
             sides[1].load(move.pieces)
-            kinds = _kinds(plan, move.block.parameter)
+            kinds = kinds_of(plan, move.block.parameter)
             if cast or comparable(*kinds):
                 found = _difference(move, sides, kinds, cast=cast)
                 if found is not None:
@@ -229,7 +191,7 @@ def _check_copies(side: Side, scratch: Buffer, findings: Findings) -> None:
     for copy in side.copies():
         region, stored = copy.stored.region, copy.stored
         parts = [part for part in side.first() if part.stored.region & region]
-        kinds = _kind(parts[0].stored.slot), _kind(stored.slot)
+        kinds = kind_of(parts[0].stored.slot), kind_of(stored.slot)
         first = side.values(region, parts, side.scratch)
         if unequal(first, side.values(region, [copy], scratch), kinds, cast=False) is None:
             continue
@@ -244,63 +206,3 @@ def _copy_text(root: Path, first: StoredTensor, copy: StoredTensor) -> str:
         f"`{root / copy.file}`: tensor `{copy.key}` differs from its copy `{first.key}` "
         f"in `{first.file}`"
     )
-
-
-# What is said of it.
-
-
-def _raise_on(what: str, plan: Plan, findings: Findings, *, cast: bool) -> None:
-    """A VerifyError that names the first differences and the number of all, if there are any."""
-    texts, hint = [], ""
-    for name in plan.names:
-        kinds = _kinds(plan, name)
-        if name in findings.differences:
-            texts.append(_text(plan, findings.differences[name]))
-        elif not cast and not comparable(*kinds):
-            texts.append(f"`{name}`: {kinds[0]} against {kinds[1]}")
-        else:
-            continue
-        hint = HINT if kinds[0] != kinds[1] and not cast else hint
-    count = f" {len(texts)} of {len(plan.names)} parameters differ:" if texts else ""
-    texts += sorted(findings.forbidden)
-    if texts:
-        shown, more = "; ".join(texts[:DIFFERENCES_SHOWN]), len(texts) - DIFFERENCES_SHOWN
-        rest = f" (and {more} more)" if more > 0 else ""
-        raise VerifyError(f"{what}:{count} {shown}{rest}{hint}")
-
-
-def _text(plan: Plan, difference: Difference) -> str:
-    """Where a parameter differs first, and how much of it does."""
-    found, files = difference.found, difference.files
-    numel = whole(plan.source.places[difference.parameter][0].placement.shape).numel
-    return (
-        f"`{difference.parameter}{list(difference.index)}`: {found.values[0]} against "
-        f"{found.values[1]} (`{files[0]}` against `{files[1]}`), {found.count:,} of {numel:,} "
-        f"elements, by at most {found.largest:g}"
-    )
-
-
-def _warning(copies: Collection[tuple[str, str]]) -> list[str]:
-    """One line on copies that differ where they may, if there are any."""
-    if not copies:
-        return []
-    key, file = min(copies)
-    return [
-        f"warning: {len(copies)} copies of replicated tensors differ from the first coordinate's, "
-        f"which is compared; first `{key}` in `{file}`"
-    ]
-
-
-def _converted(plan: Plan, *, cast: bool) -> list[str]:
-    """One line on parameters that the sides store as different kinds, if there are any."""
-    pairs = {name: _kinds(plan, name) for name in plan.names}
-    names = [name for name, (ours, theirs) in pairs.items() if ours != theirs]
-    if not names:
-        return []
-    ours, theirs = pairs[names[0]]
-    if cast:
-        return [f"of these, {len(names)} after a cast, first `{names[0]}`: {ours} to {theirs}"]
-    return [
-        f"of these, {len(names)} have the same values in another dtype, first `{names[0]}`: {ours} "
-        f"against {theirs}"
-    ]

@@ -16,14 +16,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reshard import yamltext
+from reshard.containers import shown
 from reshard.encodings import ENCODINGS, TOOL_ONLY
-from reshard.errors import ConfigError
+from reshard.errors import ConfigError, first_line
 from reshard.families.model import Json
 from reshard.families.releases import VERSIONS
 from reshard.formats.options import Mesh, Options
 from reshard.schema import EngineConfig, Schema, SourceConfig, TargetConfig
 from reshard.topologies import AXES, near, read_model, resolve
-from reshard.yamltext import container, first_line, readable, shown
+from reshard.yamltext import container, readable
 
 MAX_TIMEOUT = 1e7
 MAX_MULTIPLE = 1 << 20

@@ -4,15 +4,16 @@ Headers, sizes and small files are looked at; `verify` reads every byte.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from reshard import containers, formats, journal
+from reshard import containers, formats, journal, manifest
 from reshard.errors import CheckpointError, ReshardError
+from reshard.families.model import Json
 from reshard.formats import common
 from reshard.formats.options import Scan
 from reshard.units import size_text
-from reshard.verify import has_manifest, published_in, read_manifest, wrong_sizes
+from reshard.verify import has_manifest, published_in, wrong_sizes
 
 CONFIGS = (common.CONFIG, "params.json", "model_config.json")
 # Files whose container their names tell, and folders of a checkpoint in which no weights lie.
@@ -40,8 +41,9 @@ def found_in(path: Path, scan: Scan | None) -> list[str]:
             problems += [] if file in sizes else _of_file(scan, file)
     else:
         problems += _suspected(path, set(sizes))
+    indexes = _indexes(path, scan)
     for folder in dict.fromkeys((path, path / common.ASSETS, *around)):
-        problems += _small_files(folder)
+        problems += _small_files(folder, indexes)
     return list(dict.fromkeys(problems))
 
 
@@ -51,7 +53,7 @@ def _sizes(path: Path) -> dict[str, str]:
         return {}
     root = published_in(path)
     try:
-        wrong = wrong_sizes(root, read_manifest(root))
+        wrong = wrong_sizes(root, manifest.read(root))
     except ReshardError as error:
         return {common.MANIFEST: str(error)}
     return {file: f"{line} ({common.MANIFEST} names it)" for file, line in wrong.items()}
@@ -90,10 +92,21 @@ def _suspected(path: Path, known: set[str]) -> Iterator[str]:
                 yield from _unreadable(container, Path(folder), name)
 
 
-def _small_files(folder: Path) -> Iterator[str]:
+def _indexes(path: Path, scan: Scan | None) -> set[str]:
+    """The names of the index that belongs to the weights; of any, where these are of no format.
+
+    A download has indexes of weights that were left out of it: of other containers, or variants.
+    """
+    try:
+        known = [formats.detect(path) if scan is None else formats.named(scan.format)]
+    except ReshardError:
+        known = list(formats.formats().values())
+    return {name for name in (getattr(one, "INDEX", None) for one in known) if name is not None}
+
+
+def _small_files(folder: Path, indexes: set[str]) -> Iterator[str]:
     """What is wrong with configs, indexes and tokenizers, and which files an index lacks."""
     names = {*formats.asset_names(), *CONFIGS, common.MANIFEST}
-    indexes = {file.name for file in folder.glob("*.index.json")}
     for name in sorted(names | indexes):
         path = folder / name
         if not path.is_file():
@@ -107,10 +120,19 @@ def _small_files(folder: Path) -> Iterator[str]:
                 yield str(error)
                 continue
             table = record.get("weight_map") if name in indexes else None
-            listed = {str(file) for file in table.values()} if isinstance(table, dict) else set()
-            for file in sorted(listed):
-                if not (folder / file).is_file():
-                    yield f"`{folder / file}`: is missing, but `{name}` names it"
+            yield from _lacking(path, table.values() if isinstance(table, dict) else ())
+
+
+def _lacking(index: Path, listed: Iterable[Json]) -> Iterator[str]:
+    """A line for every file of an index that is not there, or that cannot be."""
+    for file in sorted({str(file) for file in listed}):
+        try:
+            path = index.parent / common.confined(file, str(index))
+        except CheckpointError as error:
+            yield str(error)
+            continue
+        if not path.is_file():
+            yield f"`{path}`: is missing, but `{index.name}` names it"
 
 
 # What jobs leave that did not come to their end.

@@ -14,88 +14,27 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch.distributed import (  # type: ignore[attr-defined]  # not in the stubs
-    HashStore,
-    TCPStore,
-    distributed_c10d,
-)
+from torch.distributed import HashStore, distributed_c10d  # type: ignore[attr-defined]  # not in the stubs
 
-from reshard.errors import ConfigError, PeerError, ReshardError, told
-from reshard.parent import PARENT
+from reshard.errors import ConfigError, PeerError, ReshardError, first_line, told
+from reshard.meeting import (
+    LAUNCHER,
+    first_here,
+    launched_world,
+    meeting_place,
+    remember_refusal,
+    speaks,
+)
 from reshard.watcher import Activity, Place, Watcher, end_with, report_failure
 
 PATIENCE = timedelta(days=30)
-STORE_PATIENCE = timedelta(seconds=30)
 T = TypeVar("T")
-
-# Where torchrun started this process, the job ends with it.
-_launcher = PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
-def launched_rank() -> int:
-    """The rank that the launcher gave this process, before any group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def launched_world() -> int:
-    """The number of ranks that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def end_with_launcher(over: Callable[[], bool]) -> None:
     """End this process soon after a launcher that has to live on, until `over`."""
-    if _launcher is not None:
-        end_with(_launcher, over, speaks=_speaks())
-
-
-def _speaks() -> bool:
-    """Whether this rank says what concerns its machine alone."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def launcher_lives() -> bool:
-    """Whether whoever has to live on while this process does so."""
-    return _launcher in (None, os.getppid())
-
-
-def refused_before() -> bool:
-    """Whether an earlier attempt of the launcher at this very job was refused, and said so."""
-    store = _launchers_store() if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else None
-    return store is not None and store.check(["refused"])
-
-
-def remember_refusal() -> None:
-    """Have later attempts of the launcher end without a word."""
-    store = _launchers_store()
-    if store is not None:
-        store.set("refused", "")
-
-
-def _launchers_store(prefix: str = "reshard") -> distributed_c10d.Store | None:
-    """The store that outlives an attempt, which torchrun holds; None where there is none."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    try:
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*place, is_master=False, timeout=STORE_PATIENCE)
-    except (KeyError, ValueError, RuntimeError):
-        return None
-    return distributed_c10d.PrefixStore(prefix, store)
-
-
-def _meeting_place(limit: timedelta) -> dict[str, object]:
-    """Where the ranks of this attempt meet, as init_process_group takes it; {}: where it finds out.
-
-    torchrun's store keeps what ranks of earlier attempts said of themselves: in torch 2.13 a rank
-    would try for ever to reach one that is gone.
-    """
-    if launched_world() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    store = _launchers_store(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
-    if store is None:
-        raise PeerError("the ranks could not meet: the store of their launcher is not there")
-    store.set_timeout(limit)
-    return {"store": store, "rank": launched_rank(), "world_size": launched_world()}
+    if LAUNCHER is not None:
+        end_with(LAUNCHER, over, speaks=first_here())
 
 
 def _meet(backend: str, limit: timedelta) -> PartialState:
@@ -107,10 +46,10 @@ def _meet(backend: str, limit: timedelta) -> PartialState:
                 cpu=backend == "gloo",
                 backend=backend if launched_world() > 1 else None,
                 timeout=limit,
-                **_meeting_place(limit),
+                **meeting_place(limit),
             )
     except RuntimeError as error:
-        raise PeerError(f"the ranks could not meet: {_first_line(error)}") from None
+        raise PeerError(f"the ranks could not meet: {first_line(error)}") from None
 
 
 def choose_backend(asked: str, local_ranks: int, devices: int) -> tuple[str, str | None]:
@@ -165,9 +104,14 @@ class Ranks:
             for group in (dist.group.WORLD, self._control):
                 distributed_c10d._set_pg_timeout(PATIENCE, group)
             store = _own_store()
-        place = Place(self.rank, self.world, _speaks(), _launcher)
+        place = Place(self.rank, self.world, speaks(), LAUNCHER)
         self._watcher = Watcher(store, place, timeout, remember_refusal)
         self._watcher.start()
+
+    @property
+    def first_here(self) -> bool:
+        """Whether this rank is the first of its machine."""
+        return first_here()
 
     @property
     def cuda(self) -> bool:
@@ -274,7 +218,7 @@ class Ranks:
             call()
         except RuntimeError as error:
             raise PeerError(
-                f"lost contact with another rank in phase `{activity.phase}` ({_first_line(error)})"
+                f"lost contact with another rank in phase `{activity.phase}` ({first_line(error)})"
             ) from None
         finally:
             activity.waiting = False
@@ -290,15 +234,13 @@ class Ranks:
             report_failure(self._watcher.line(message, code))
             self._watcher.stop()
             return
-        if secondary and (found := self._watcher.verdict()) is not None:
-            self._watcher.leave(found)
-        self._watcher.fail(message, code)
+        try:
+            if secondary and (found := self._watcher.verdict()) is not None:
+                self._watcher.leave(found)
+            self._watcher.fail(message, code)
+        except RuntimeError:  # of the store, which went with whoever kept it
+            self._watcher.abandoned()
 
     def close(self) -> None:
         """Leave the job in good order."""
         self._watcher.stop()
-
-
-def _first_line(error: Exception) -> str:
-    """What an error of torch says first."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -1,9 +1,27 @@
 """What can go wrong, by kind; a message is one line: the thing, found and expected, what to do."""
 
+import signal
+from collections.abc import Sequence
+
+MAX_LINE = 300
+SHOWN = 3
+
 
 def printable(text: str) -> str:
     """Text in one line, as a terminal may have it: names in files may hold anything."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, as it may be printed."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0][:MAX_LINE])
+
+
+def some(texts: Sequence[str], most: int = SHOWN) -> str:
+    """The first of many texts in one line, and how many more there are."""
+    more = len(texts) - most
+    return "; ".join(texts[:most]) + (f" (and {more} more)" if more > 0 else "")
 
 
 class ReshardError(Exception):
@@ -58,7 +76,7 @@ def told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ReshardError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 1
+        return "interrupted", 128 + signal.SIGINT
     if isinstance(error, MemoryError):
         return "out of memory; a smaller engine.memory, or fewer ranks per machine, take less", 1
     if isinstance(error, OSError):

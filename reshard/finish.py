@@ -10,9 +10,10 @@ from reshard.errors import StorageError
 from reshard.formats import common
 from reshard.formats.options import Scan
 from reshard.journal import Table
+from reshard.manifest import spans_of
 from reshard.plan import Plan
 from reshard.prepare import Prepared, small_files
-from reshard.readback import differing, spans_of
+from reshard.readback import differing
 from reshard.storage import forget
 from reshard.workspace import Workspace
 
@@ -26,6 +27,7 @@ class Finish:
     plan: Plan
     ranks: Ranks
     workspace: Workspace
+    force: bool
 
     def run(self, places: commit.TargetPlaces) -> int:
         """Finish the files of this rank; rank 0 adds the small ones and publishes.
@@ -42,14 +44,16 @@ class Finish:
         if engine.verify:
             self._read_back({**records, **ranks.gather(small)[0]})
         if ranks.rank == 0:
-            self.workspace.publish(fsync=engine.fsync)
+            self.workspace.publish(force=self.force, fsync=engine.fsync)
         ranks.barrier("published")
+        if ranks.rank == 0:
+            self.workspace.discard()
         return sum(int(str(record["size"])) for record in small.values())
 
     def _read_back(self, records: Mapping[str, Mapping[str, object]]) -> None:
         """Compare every byte of the result with what was to be written; from the disk if synced."""
         data, ranks = self.workspace.data, self.ranks
-        for file in list(records)[ranks.rank :: ranks.world]:
+        for file in records if ranks.first_here else ():  # each machine remembers for itself
             forget(data / file)
         ranks.barrier("verify")
         if wrong := differing(data, spans_of(records), ranks):

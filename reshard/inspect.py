@@ -5,9 +5,15 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from reshard import assets, damage, formats
+from reshard import assets, containers, damage, formats
 from reshard.assets import Readiness
-from reshard.errors import CheckpointError, ConfigError, LayoutError, UndescribedError
+from reshard.errors import (
+    CheckpointError,
+    ConfigError,
+    LayoutError,
+    UndescribedError,
+    printable,
+)
 from reshard.families.carried import CarriedConfig
 from reshard.formats import common
 from reshard.formats.options import Options, Scan
@@ -15,6 +21,7 @@ from reshard.units import size_text
 from reshard.verify import has_manifest
 
 STEP_BYTES = 4 << 20
+MAX_CHECKLIST_BYTES = 1 << 20
 UNKNOWN, UNFINISHED = "unknown", "unfinished"
 PROBLEMS_SHOWN = 20
 
@@ -47,7 +54,7 @@ class Findings:
         """The same for a person."""
         name = self.scan.layout.name if self.scan is not None else self.format
         more = len(self.problems) - PROBLEMS_SHOWN
-        return [
+        lines = [
             f"{self.path}: {name}",
             *(_lines(self.scan) if self.scan is not None else ()),
             f"  manifest    {'yes: verify checks every byte' if has_manifest(self.path) else 'no'}",
@@ -56,6 +63,7 @@ class Findings:
             *(f"  beside      {line}" for line in self.beside),
             f"  health      {self._health()}",
         ]
+        return [printable(line) for line in lines]
 
     def _health(self) -> str:
         """In a word, whether it can be used."""
@@ -79,12 +87,16 @@ def inspect(path: Path, options: Options, *, checksums: bool = False) -> Finding
         found = known.NAME
         scan = _scan(known, path, options, problems)
     except (CheckpointError, LayoutError, ConfigError) as error:
-        if found == UNKNOWN and not damage.found_in(path, None):
-            raise CheckpointError("; beside it: ".join([str(error), *beside[:1]])) from None
         problems.append(str(error))
-    problems += damage.found_in(path, scan)
+    damaged = damage.found_in(path, scan)
+    if found == UNKNOWN and not damaged:
+        raise CheckpointError("; beside it: ".join([*problems, *beside[:1]]))
+    problems += damaged
     if checksums:
-        problems += _checklist(path)
+        try:
+            problems += _checklist(path)
+        except CheckpointError as error:
+            problems.append(str(error))
     return Findings(path, found, scan, tuple(dict.fromkeys(problems)), beside)
 
 
@@ -176,22 +188,34 @@ def _checklist(path: Path) -> list[str]:
     if not name.is_file():
         return [f"`{name}` is missing"]
     problems = []
-    for line in common.read_text(name).splitlines():
+    for line in common.read_text(name, MAX_CHECKLIST_BYTES).splitlines():
         expected, _, file = line.strip().partition(" ")
         file = file.strip().lstrip("*")
         if not file:
             continue
         target = path / common.confined(file.removeprefix("./"), str(name))
-        if not target.is_file():
+        if not target.exists():
             problems.append(f"`{target}` is missing")
-        elif (found := _md5(target)) != expected:
+            continue
+        try:
+            found = _md5(target)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if found != expected:
             problems.append(f"`{target}`: md5 {found}, expected {expected}")
     return problems
 
 
 def _md5(path: Path) -> str:
+    """The checksum of a plain file; a CheckpointError for anything else."""
     digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb", buffering=0) as file:
-        while data := file.read(STEP_BYTES):
-            digest.update(data)
+    try:
+        with containers.opened(path) as file:
+            while data := file.read(STEP_BYTES):
+                digest.update(data)
+    except OSError as error:
+        raise CheckpointError(f"`{path}`: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"`{path}`: {error}") from None
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from reshard.formats.options import Scan
 from reshard.geometry import whole
 from reshard.journal import Journal, Record, Table
 from reshard.plan import Plan
-from reshard.prepare import Prepared, job_digest, prepare
+from reshard.prepare import Prepared, job_digest, prepare, source_states
 from reshard.progress import Progress
 from reshard.replicas import compare
 from reshard.report import Figures, Report, memory_of
@@ -43,6 +43,7 @@ def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], No
     ranks.together(lambda: common.check_headers(scan, scan.layout.files[ranks.rank :: ranks.world]))
     plan = prepared.plan(ranks.world)
     capacity = ranks.together(lambda: round_bytes(config.engine.memory, plan))
+    states = tuple(source_states(scan))
     digest = job_digest(prepared, plan)
     workspace = replace(workspace, digest=digest)
     agreed = (plan.digest(digest), capacity, config.strict_replicas, library_versions(plan))
@@ -55,6 +56,7 @@ def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], No
         plan,
         ranks,
         workspace,
+        states,
         capacity,
         say,
         begun,
@@ -71,6 +73,7 @@ class _Run:
     plan: Plan
     ranks: Ranks
     workspace: Workspace
+    states: tuple[tuple[str, int, int], ...]
     capacity: int
     say: Callable[[str], None]
     begun: float
@@ -85,7 +88,7 @@ class _Run:
         counters = Counters()
         warnings: list[str] = []
         with contextlib.ExitStack() as stack:
-            ranks.together(self._check_place)
+            ranks.together(lambda: self._check_place(force))
             ranks.together(lambda: stack.enter_context(self._locked()))
             state = ranks.gather(ranks.together(lambda: self._begin(force)))[0]
             if state is not State.DONE:
@@ -94,7 +97,7 @@ class _Run:
                 places = commit.TargetPlaces(self.plan.target)
                 counters, warnings = self._move(places, state)
                 seconds["move"], committing = time.monotonic() - moved, time.monotonic()
-                rest = Finish(self.prepared, self.scan, self.plan, ranks, self.workspace)
+                rest = Finish(self.prepared, self.scan, self.plan, ranks, self.workspace, force)
                 counters.written += rest.run(places)
                 seconds["commit"] = time.monotonic() - committing
                 ranks.resumable(False)
@@ -104,9 +107,9 @@ class _Run:
         """The lock of the target, which rank 0 holds for all."""
         return self.workspace.locked() if self.ranks.rank == 0 else contextlib.nullcontext()
 
-    def _check_place(self) -> None:
+    def _check_place(self, force: bool) -> None:
         """Refuse, before anything is made, a place in which the target would be of no use."""
-        if self.ranks.rank == 0 and not self.workspace.finished():
+        if self.ranks.rank == 0 and not self.workspace.finished(force=force):
             self.prepared.target_format.check_place(self.workspace.target.parent)
 
     def _begin(self, force: bool) -> State:
@@ -138,7 +141,7 @@ class _Run:
         counters.written += written
         ranks.barrier("moved")
         lost = summary(found for part in ranks.gather(losses) for found in part)
-        warnings = [*self._compare(checks), *lost]
+        warnings = [*self._judge(checks), *lost]
         for line in warnings if ranks.rank == 0 else ():
             self.say(f"warning: {line}")
         return counters, warnings
@@ -206,25 +209,37 @@ class _Run:
         except (CheckpointError, StorageError):
             return False
 
-    def _compare(self, checks: list[Check]) -> list[str]:
-        """Compare copies; copies that must agree and do not make the whole result worthless."""
+    def _judge(self, checks: list[Check]) -> list[str]:
+        """Have the first rank compare copies, and look whether the source is as it was.
+
+        A result that is worthless is gone before any rank hears of it. Returns warnings.
+        """
         place = {name: number for number, name in enumerate(self.plan.names)}
         found = [check for part in self.ranks.gather(checks) for check in part]
         found.sort(key=lambda check: (place[check.parameter], check.region.start, check.of))
         root, strict = self.scan.root, self.prepared.config.strict_replicas
-        container = self.scan.layout.container
-        try:
-            warnings = self.ranks.together(
-                lambda: (
-                    compare(found, root, container, strict=strict) if self.ranks.rank == 0 else []
-                )
-            )
-        except CheckpointError:
-            if self.ranks.rank == 0:
+
+        def judge() -> list[str]:
+            if self.ranks.rank != 0:
+                return []
+            try:
+                warnings = compare(found, root, self.scan.layout.container, strict=strict)
+                self._require_unchanged()
+            except CheckpointError:
                 self.workspace.discard()
-            self.ranks.resumable(False)
-            raise
-        return warnings
+                raise
+            return warnings
+
+        return self.ranks.together(judge)
+
+    def _require_unchanged(self) -> None:
+        """Refuse to publish what was read from files that another program wrote meanwhile."""
+        changed = sorted(set(self.states) ^ set(source_states(self.scan)))
+        if changed:
+            raise CheckpointError(
+                f"`{self.scan.root / changed[0][0]}`: was changed while it was read; nothing is "
+                "published; run again when no other program writes it"
+            )
 
     def _report(
         self, state: State, seconds: dict[str, float], counters: Counters, warnings: list[str]

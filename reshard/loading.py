@@ -29,6 +29,7 @@ from reshard.errors import (
     ReshardError,
     UndescribedError,
     VerifyError,
+    first_line,
 )
 from reshard.families.carried import CarriedConfig
 from reshard.formats import common
@@ -57,8 +58,7 @@ class Share:
         except ReshardError as error:
             self.problems.append(str(error))
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.problems.append(f"{self.name} cannot open `{what}`: {first[:200]}")
+            self.problems.append(f"{self.name} cannot open `{what}`: {first_line(error)}")
 
     def compare(self, what: str, given: Given, entry: Entry | None, path: Path) -> None:
         """Count a tensor whose kind, shape and bytes are those of its entry."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,13 @@ from reshard.assets import Readiness
 from reshard.casts import narrows
 from reshard.config import JobConfig
 from reshard.encodings import require_codecs
-from reshard.errors import CheckpointError, ConfigError, IncompleteError, LayoutError
+from reshard.errors import (
+    CheckpointError,
+    ConfigError,
+    IncompleteError,
+    LayoutError,
+    StorageError,
+)
 from reshard.families import Model
 from reshard.families.model import ModelConfig
 from reshard.formats.options import Options, Scan
@@ -285,12 +291,21 @@ def job_digest(prepared: Prepared, plan: Plan) -> str:
     """What identifies a job: layouts, block table, sources with sizes and times, small files."""
     record = hashlib.sha256(plan.table_digest().encode())
     if prepared.scan is not None:
-        for file in prepared.scan.layout.files:
-            status = os.stat(prepared.scan.root / file)
-            record.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
+        for state in source_states(prepared.scan):
+            record.update(repr(state).encode())
         record.update(repr((prepared.made_files(), prepared.small.facts.digest)).encode())
     # A header may hold what no stored tensor shows: theta, positions, ids.
     record.update(repr(prepared.stored_model.to_json()).encode())
     strict = prepared.config.strict_replicas
     record.update(repr((CODE_VERSION, prepared.target.files, strict)).encode())
     return record.hexdigest()
+
+
+def source_states(scan: Scan) -> Iterator[tuple[str, int, int]]:
+    """Every file of weights with its size in bytes and its time in nanoseconds."""
+    for file in scan.layout.files:
+        try:
+            status = os.stat(scan.root / file)
+        except OSError as error:
+            raise StorageError(f"`{scan.root / file}`: {error.strerror}") from None
+        yield file, status.st_size, status.st_mtime_ns

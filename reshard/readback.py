@@ -1,6 +1,6 @@
 """Reading back what was written: spans of files against their checksums, by all ranks at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -10,6 +10,7 @@ from isal import isal_zlib
 
 from reshard.distributed import Ranks
 from reshard.errors import CheckpointError, StorageError
+from reshard.manifest import Span
 from reshard.progress import Progress
 from reshard.storage import crc32_of
 
@@ -18,25 +19,6 @@ PIECE_BYTES = 32 << 20
 # A second thread per rank reads while the first computes; further ones gained nothing.
 THREADS = 2
 BATCH = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """An extent of a file as the manifest has it; `reason` says why it could not be read."""
-
-    file: str
-    start: int
-    length: int
-    what: str
-    crc: int
-    reason: str = ""
-
-    def difference(self, other: str) -> str:
-        """What to say of a span that differs from `other`."""
-        found = f"cannot be compared: {self.reason}" if self.reason else f"differ from {other}"
-        return (
-            f"`{self.file}`: bytes {self.start} to {self.start + self.length} ({self.what}) {found}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +37,6 @@ class _Read:
     piece: _Piece
     crc: int
     reason: str = ""
-
-
-def spans_of(records: Mapping[str, object]) -> list[Span]:
-    """The extents in a manifest's file records; a TypeError or a ValueError for anything else."""
-    spans = []
-    for file, record in records.items():
-        extents = record.get("extents") if isinstance(record, dict) else None
-        if not isinstance(extents, list) or not isinstance(record, dict):
-            raise TypeError(f"`{file}` has no extents")
-        for start, length, what, crc in extents:
-            numbers = (start, length, crc, record.get("size"))
-            if not all(isinstance(number, int) for number in numbers):
-                raise TypeError(f"`{file}` has an extent that is no range of bytes")
-            if not 0 <= start <= start + length <= record["size"]:
-                raise ValueError(f"`{file}` has an extent beyond its end")
-            spans.append(Span(file, start, length, str(what), crc))
-    return spans
 
 
 def differing(root: Path, spans: Sequence[Span], ranks: Ranks) -> list[Span]:

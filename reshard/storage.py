@@ -222,8 +222,10 @@ def rename(old: Path, new: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a directory with all that it holds."""
-    with explained("remove", path), contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+    with explained("remove", path):
+        while os.path.lexists(path):
+            with contextlib.suppress(FileNotFoundError):  # someone else removes there too
+                shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -268,6 +270,7 @@ def require_space(directory: Path, needed: int, present: int) -> None:
         raise ConfigError(
             f"dst.path: needs {needed - present:,} bytes, but {free:,} are free in `{directory}`; "
             "free some space or choose another dst.path"
+            + ("; the same command then goes on" if present else "")
         )
 
 

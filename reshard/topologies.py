@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reshard import formats, yamltext
+from reshard.containers import shown
 from reshard.errors import ConfigError
 from reshard.families import Model
 from reshard.families.model import Json, from_hf
-from reshard.yamltext import shown
 
 AXES = ("tp", "pp", "dp")
 MAX_WORD = 80

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from reshard import containers
-from reshard.errors import VerifyError
+from reshard.errors import VerifyError, first_line
 from reshard.families.model import ModelConfig
 from reshard.formats import common
 from reshard.formats.options import Scan
 
 PACKAGE = "transformers"
+AUTOMATIC = "AutoModelForCausalLM"
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -48,16 +49,12 @@ def _attempting(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise VerifyError(f"{PACKAGE} {what}: {first[:200]}") from None
+        raise VerifyError(f"{PACKAGE} {what}: {first_line(error)}") from None
 
 
 def _check_names(transformers: Any, config: Any, scan: Scan) -> str:  # noqa: ANN401
     """Compare the names and shapes of the model on the meta device with those of the files."""
-    named = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
-    made: Any = getattr(transformers, named, None)
-    if made is None:
-        raise VerifyError(f"{PACKAGE} has no {named}, which {common.CONFIG} names")
+    named, made = _class(transformers, getattr(config, "architectures", None))
     with _attempting(f"cannot make a {named} of {common.CONFIG}"), torch.device("meta"):
         model = made(config)
         model.tie_weights()
@@ -78,6 +75,19 @@ def _check_names(transformers: Any, config: Any, scan: Scan) -> str:  # noqa: AN
                 f"{PACKAGE}: {named} has `{key}` as {_shape(theirs)}, the files as {_shape(ours)}"
             )
     return f"{named} with {len(stored)} names"
+
+
+def _class(transformers: Any, names: object) -> tuple[str, Any]:  # noqa: ANN401
+    """What makes the model that a config names first, or the usual one where it names none."""
+    if not names:
+        return AUTOMATIC, getattr(transformers, AUTOMATIC).from_config
+    named = names[0] if isinstance(names, list) else names
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise VerifyError(
+            f"{PACKAGE} has no model `{containers.shown(str(named))}`, which {common.CONFIG} names"
+        )
+    return str(named), found
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -1,42 +1,28 @@
 """Proof by reading: a directory against its own manifest, every byte of it."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from isal import isal_zlib
 
 from reshard import formats
 from reshard.distributed import Ranks
-from reshard.errors import CheckpointError, ConfigError, VerifyError
-from reshard.families.model import Json
+from reshard.errors import VerifyError, some
 from reshard.formats import common
-from reshard.readback import Span, differing, spans_of
+from reshard.manifest import Manifest, read
+from reshard.readback import differing
 from reshard.units import size_text
-
-PROBLEMS_SHOWN = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a manifest says of the files around it: `format` is that of the checkpoint."""
-
-    sizes: Mapping[str, int]
-    spans: Sequence[Span]
-    format: str
 
 
 def against_manifest(path: Path, ranks: Ranks) -> list[str]:
     """Compare every byte with reshard.json; a VerifyError names file, tensor and byte range."""
     root = published_in(path)
-    manifest = ranks.together(lambda: read_manifest(root))
-    wrong = ranks.gather(wrong_files(root, manifest) if ranks.rank == 0 else {})[0]
-    intact = [span for span in manifest.spans if span.file not in wrong]
+    held = ranks.together(lambda: read(root))
+    wrong = ranks.gather(wrong_files(root, held) if ranks.rank == 0 else {})[0]
+    intact = [span for span in held.spans if span.file not in wrong]
     found = [span.difference("the manifest") for span in differing(root, intact, ranks)]
     raise_on(f"`{root}`", [*wrong.values(), *found])
-    total = size_text(sum(manifest.sizes.values()))
-    files = len(manifest.sizes)
+    total = size_text(sum(held.sizes.values()))
+    files = len(held.sizes)
     return [f"verified: {files} files, {total} agree with {common.MANIFEST} in {root}"]
 
 
@@ -44,9 +30,8 @@ def raise_on(what: str, problems: Sequence[str]) -> None:
     """A VerifyError that has the first problems and the number of all, if there are any."""
     if not problems:
         return
-    shown, more = "; ".join(problems[:PROBLEMS_SHOWN]), len(problems) - PROBLEMS_SHOWN
     count = f" {len(problems)} problems:" if len(problems) > 1 else ""
-    raise VerifyError(f"{what}:{count} {shown}" + (f" (and {more} more)" if more > 0 else ""))
+    raise VerifyError(f"{what}:{count} {some(problems)}")
 
 
 def published_in(path: Path) -> Path:
@@ -59,54 +44,6 @@ def published_in(path: Path) -> Path:
 def has_manifest(path: Path) -> bool:
     """Whether `path` is, or was published with, a directory of ours."""
     return (published_in(path) / common.MANIFEST).is_file()
-
-
-def read_manifest(root: Path) -> Manifest:
-    """The manifest of a directory, whose every byte must be as it was written."""
-    name = root / common.MANIFEST
-    if not name.is_file():
-        raise CheckpointError(
-            f"`{root}`: has no {common.MANIFEST}; compare it with another checkpoint: verify A B"
-        )
-    try:
-        record = common.read_json(name)
-        held = common.read_bytes(name)
-    except CheckpointError as error:
-        raise VerifyError(str(error)) from None
-    _check_bytes(name, record, held)
-    try:
-        return _manifest(record)
-    except (TypeError, ValueError):
-        raise CheckpointError(f"`{name}`: not a manifest of this program") from None
-
-
-def _check_bytes(name: Path, record: Mapping[str, Json], held: bytes) -> None:
-    """Require a manifest's own checksum, and the very bytes in which it was written."""
-    try:
-        rest = {key: value for key, value in record.items() if key != "crc32"}
-        agrees = record.get("crc32") == isal_zlib.crc32(common.dump_json(rest))
-        as_written = held == common.dump_json(record)
-    except (ConfigError, ValueError, RecursionError):  # values that no JSON of ours holds
-        agrees = as_written = False
-    if not agrees:
-        raise VerifyError(f"`{name}`: differs from its own checksum")
-    if not as_written:
-        raise VerifyError(f"`{name}`: says what it said, but its bytes are not those written")
-
-
-def _manifest(record: Mapping[str, Json]) -> Manifest:
-    """The parts that are needed here; anything of the wrong kind is a TypeError or ValueError."""
-    files, target = record.get("files"), record.get("target")
-    if not isinstance(files, dict):
-        raise TypeError
-    sizes = {}
-    for file, entry in files.items():
-        size = entry.get("size") if isinstance(entry, dict) else None
-        if not isinstance(size, int):
-            raise TypeError
-        sizes[common.confined(file, common.MANIFEST)] = size
-    said = target.get("format") if isinstance(target, dict) else None
-    return Manifest(sizes, spans_of(files), said if isinstance(said, str) else "unknown")
 
 
 def wrong_files(root: Path, manifest: Manifest) -> dict[str, str]:

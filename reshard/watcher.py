@@ -11,7 +11,6 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -30,8 +29,19 @@ GO_ON = "; the same command goes on where this one stopped"
 
 def report_failure(message: str) -> None:
     """The one line that says what went wrong."""
-    with contextlib.suppress(OSError):  # nobody may be listening any more
-        print(f"reshard: {message}", file=sys.stderr, flush=True)
+    _within_a_second(lambda: print(f"reshard: {message}", file=sys.stderr, flush=True))
+
+
+def _within_a_second(work: Callable[[], object]) -> None:
+    """Print or flush, unless nobody listens any more, or somebody who does not read."""
+
+    def try_it() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            work()
+
+    thread = threading.Thread(target=try_it, name="last words", daemon=True)
+    thread.start()
+    thread.join(1.0)
 
 
 @dataclass(slots=True)
@@ -48,8 +58,9 @@ class Activity:
 
 
 def _home() -> str:
-    """The machine and the process namespace in which this rank's pid means something."""
-    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    """The machine, since it was started, and the namespace in which this rank's pid counts."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _lives(pid: int) -> bool:
@@ -63,9 +74,9 @@ def _lives(pid: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank stands: who launched it (None: nobody who has to live on), and its neighbours.
+    """Where a rank stands, and who launched it (None: nobody who has to live on).
 
-    `speaks` is the rank that says, on this machine, what concerns the machine alone.
+    `speaks` tells the rank that says so when the store is gone, through which ranks agree who does.
     """
 
     rank: int
@@ -153,14 +164,15 @@ class Watcher(threading.Thread):
                 self._say()
                 self._look()
             except (dist.DistError, RuntimeError, OSError, ValueError):
-                self._abandoned(signals)
+                self.abandoned(signals)
             if self._place.launcher not in (None, os.getppid()):
-                self._abandoned(signals)
+                self.abandoned(signals)
 
-    def _abandoned(self, signals: bytes) -> None:
-        """Leave a job whose launcher, or the store that this kept, is gone."""
+    def abandoned(self, signals: bytes = b"") -> None:
+        """Leave a job whose launcher is gone, or else the first rank, and the store with it."""
         stopped = signal.SIGTERM in signals
-        what = "stopped by SIGTERM" if stopped else "the launcher is gone, so the job ends"
+        keeper = "rank 0" if self._place.launcher is None else "the launcher"
+        what = "stopped by SIGTERM" if stopped else f"{keeper} is gone, so the job ends"
         if self._place.speaks:
             report_failure(self.line(f"{what}, in phase `{self.activity.phase}`", 1))
         self.leave(128 + signal.SIGTERM if stopped else 1)
@@ -180,8 +192,11 @@ class Watcher(threading.Thread):
         neighbour = self._peer(following)
         if neighbour is not None and neighbour.beat != self._heard:
             self._heard, self._heard_at = neighbour.beat, now
-        if neighbour is not None and self._gone(following, neighbour, now - self._heard_at):
+        silence = now - self._heard_at
+        if neighbour is not None and self._gone(following, neighbour, silence):
             self._mourn(following, neighbour)
+        if neighbour is not None and not neighbour.done and silence > self._timeout:
+            self.fail(self._hangs(following, neighbour), 1)
         if self.activity.steps != self._steps:
             self._steps, self._moved_at = self.activity.steps, now
         if now - self._moved_at > self._timeout:
@@ -287,9 +302,8 @@ class Watcher(threading.Thread):
         for cleanup in self.cleanups:
             with contextlib.suppress(Exception):
                 cleanup()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
+        _within_a_second(sys.stdout.flush)
+        _within_a_second(sys.stderr.flush)
         os._exit(code)
 
     def _say(self) -> None:
@@ -317,7 +331,10 @@ class Watcher(threading.Thread):
         working = {rank: peer for rank, peer in known.items() if not peer.waiting}
         suspects = silent or working or known
         rank = min(suspects, key=lambda rank: suspects[rank].steps)
+        return self._hangs(rank, suspects[rank])
+
+    def _hangs(self, rank: int, peer: Activity) -> str:
         return (
             f"rank {rank} made no progress for {self._timeout:g} s (engine.timeout) "
-            f"in phase `{suspects[rank].phase}`, step {suspects[rank].steps}"
+            f"in phase `{peer.phase}`, step {peer.steps}"
         )

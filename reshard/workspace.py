@@ -76,7 +76,7 @@ class Workspace:
         blocked = next((p for p in path.parents if os.path.lexists(p) and not p.is_dir()), None)
         if blocked is not None:
             raise ConfigError(f"`{blocked}`: is not a directory; choose another dst.path")
-        make_directory(path.parent)
+        _make_lasting(path.parent)
         with locked(path) as ours:
             if not ours:
                 raise ConfigError(
@@ -87,16 +87,16 @@ class Workspace:
     def begin(self, *, force: bool) -> State:
         """Look at what is there; refuse what must not be touched, discard what --force gives up."""
         self._restore()
-        if self.finished():
+        if self.finished(force=force):
             self.discard()
             return State.DONE
         self._refuse_existing(force=force)
         for other in self._others():
             if not force and (other / DATA).is_dir():
                 raise ConfigError(
-                    f"`{other}`: the partial result of a job with another source, "
-                    "target or version; repeat that job's command to finish it, "
-                    "remove the directory, or give --force to discard it"
+                    f"`{other}`: the partial result of a job with another source (a file of "
+                    "another size or time is another one), target or version; repeat that job's "
+                    "command to finish it, remove the directory, or give --force to discard it"
                 )
             remove_tree(other)
         return State.RESUMED if self.journals.is_dir() else State.FRESH
@@ -105,16 +105,25 @@ class Workspace:
         """Put back a target that a job had moved out of the way when it was stopped."""
         for partial in (self.partial, *self._others()):
             old = partial / REPLACED
-            if old.is_dir() and not os.path.lexists(self.target):
-                rename(old, self.target)
+            if not old.is_dir() or not (partial / DATA).is_dir():
+                continue  # nothing is aside, or the new one is in its place
+            if _occupied(self.target):
+                raise ConfigError(
+                    f"`{old}`: an earlier `{self.target}`, which a stopped job had moved aside; "
+                    "move it away, or remove it if what is there now is better"
+                )
+            rename(old, self.target)
 
     def make(self) -> None:
         """Make the partial directory where there is none."""
         make_directory(self.data)
         make_directory(self.journals)
 
-    def finished(self) -> bool:
-        """Whether the target is the finished result of this very job."""
+    def finished(self, *, force: bool = False) -> bool:
+        """Whether the target is the finished result of this very job; a damaged one is refused.
+
+        With `force` it is not finished, and will be replaced.
+        """
         manifest = self.target / common.MANIFEST
         if not manifest.is_file():
             return False
@@ -122,19 +131,24 @@ class Workspace:
             record = common.read_json(manifest)
         except CheckpointError:  # what cannot be read says of no job that it is done
             return False
-        return record.get("job") == self.digest and self._whole(record.get("files"))
+        if record.get("job") != self.digest:
+            return False
+        damaged = self._damaged(record.get("files"))
+        if damaged is not None and not force:
+            raise ConfigError(
+                f"`{damaged}`: missing or cut: `{self.target}` is the result of this job, but "
+                "damaged (`verify` says more); give --force to replace it"
+            )
+        return damaged is None
 
-    def _whole(self, files: Json) -> bool:
-        """Whether all files of the manifest are there in full length; else refuse the target."""
+    def _damaged(self, files: Json) -> Path | None:
+        """A file of the manifest that is not there in full length, if there is one."""
         for name, entry in files.items() if isinstance(files, dict) else ():
             path = self.target / common.confined(name, common.MANIFEST)
             size = entry.get("size") if isinstance(entry, dict) else None
             if not path.is_file() or path.stat().st_size != size:
-                raise ConfigError(
-                    f"`{path}`: missing or not of {size} bytes: `{self.target}` is the result of "
-                    "this job, but damaged; remove it and run again (`verify` says more)"
-                )
-        return True
+                return path
+        return None
 
     def _refuse_existing(self, *, force: bool) -> None:
         """Refuse a target that holds something, unless it is ours and --force was given."""
@@ -149,21 +163,28 @@ class Workspace:
             raise ConfigError(
                 f"`{self.target}`: exists and is not a directory; choose another dst.path"
             )
-        if not any(self.target.iterdir()):
+        if not _occupied(self.target):
             return
         ours = (self.target / common.MANIFEST).is_file()
         if not force:
             hint = "give --force to replace it" if ours else "choose another dst.path"
-            raise ConfigError(f"`{self.target}`: exists and is not the result of this job; {hint}")
+            raise ConfigError(
+                f"`{self.target}`: exists and is not the result of this job (a source file of "
+                f"another size or time makes it another one); {hint}"
+            )
         if not ours:
             raise ConfigError(
                 f"`{self.target}`: exists without our {common.MANIFEST}, so --force does not "
                 "replace it; remove it yourself"
             )
 
-    def publish(self, *, fsync: bool) -> None:
-        """Give the data its final name; between an old target's rename and this, none is there."""
-        replacing = self.target.is_dir() and any(self.target.iterdir())
+    def publish(self, *, force: bool, fsync: bool) -> None:
+        """Give the data its final name; between an old target's rename and this, none is there.
+
+        What has come to the target since the job began is treated as if it had been there then.
+        """
+        self._refuse_existing(force=force)
+        replacing = _occupied(self.target)
         if replacing:
             rename(self.target, self.partial / REPLACED)
         try:
@@ -176,12 +197,24 @@ class Workspace:
             sync(self.target.parent)
         if replacing:  # what is half removed must not be taken for what is to be put back
             rename(self.partial / REPLACED, self.partial / DISCARDED)
-        self.discard()
 
     def discard(self) -> None:
         """Remove the partial directory; what stays of it is removed by the next job."""
         with contextlib.suppress(StorageError):
             remove_tree(self.partial)
+
+
+def _make_lasting(folder: Path) -> None:
+    """Make a directory that is there after a power loss too."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    make_directory(folder)
+    for path in new:
+        sync(path.parent)
+
+
+def _occupied(target: Path) -> bool:
+    """Whether something is there; an empty directory counts as nothing."""
+    return os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir()))
 
 
 def require_apart(source: Path, target: Path) -> None:

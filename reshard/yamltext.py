@@ -7,6 +7,7 @@ other keys are resolved, and no other resolver is called, whatever the process h
 
 import contextlib
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -14,7 +15,8 @@ from typing import cast
 import yaml  # type: ignore[import-untyped]  # it ships no types
 from omegaconf import DictConfig, OmegaConf
 
-from reshard.errors import ConfigError, ReshardError
+from reshard.containers import shown
+from reshard.errors import ConfigError, ReshardError, first_line
 from reshard.families.model import Json
 from reshard.formats import common
 
@@ -27,6 +29,7 @@ MAX_FROM_ENVIRONMENT = 64
 FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_]\w*(,[^${}\\]*)?\}", re.ASCII)
 REFERENCE = re.compile(r"\$\{\.*[A-Za-z_][\w.-]*\}", re.ASCII)
 NAMED = re.compile(r"\$\{([^:{}$]{1,40}):")
+UNPRINTED = ("Cc", "Cf", "Cs")  # control, marks of direction and the like, half a pair
 REFUSED = {
     yaml.TagToken: "a tag",
     yaml.AnchorToken: "an anchor",
@@ -51,12 +54,6 @@ def readable(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # the YAML parser's errors have no base that OmegaConf shares
         raise ConfigError(f"`{name}`: not readable as YAML: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error of another library, as it may be printed."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return repr(lines[0][:500])[1:-1]
 
 
 def read(path: Path) -> dict[str, Json]:
@@ -133,7 +130,7 @@ def _require_known(texts: Sequence[str], name: str) -> None:
     """Refuse text that cannot be printed, and any `${}` but variables and a few references."""
     references = variables = 0
     for text in texts:
-        if not text.isprintable():
+        if any(unicodedata.category(character) in UNPRINTED for character in text):
             raise ConfigError(f"`{name}`: `{shown(text)}` has characters that cannot be printed")
         rest, from_environment = FROM_ENVIRONMENT.subn("", text)
         rest, to_keys = REFERENCE.subn("", rest)
@@ -150,8 +147,3 @@ def _require_known(texts: Sequence[str], name: str) -> None:
             f"`{name}`: has {references} references to keys and {variables} to the environment, "
             f"expected {MAX_REFERENCES} and {MAX_FROM_ENVIRONMENT} at most"
         )
-
-
-def shown(value: object) -> str:
-    """A value from a user as it may appear in a one-line message."""
-    return repr(str(value)[:80])[1:-1]

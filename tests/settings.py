@@ -219,6 +219,19 @@ SETTINGS = [
 ]
 
 
+# Half of them, in which any two values of world, mode and memory still meet.
+HALF_OF_SETTINGS = [
+    item
+    for number, item in enumerate(SETTINGS)
+    if sum((number // 6, number // 2 % 3, number % 2)) % 2 == 0
+]
+
+
+def settings(long: bool) -> list[Setting]:
+    """The settings for tests that go through all of them, if there is time."""
+    return SETTINGS if long else HALF_OF_SETTINGS
+
+
 @dataclass(frozen=True)
 class Ready:
     """A job whose config is made, which takes longer than many a conversion: once, not by rank."""

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard import commit, containers, formats
+from reshard import commit, containers, formats, manifest
 from reshard.commit import Extent, SourcePlaces, TargetPlaces, finish_file, lay_out
 from reshard.errors import StorageError
 from reshard.formats import common
@@ -236,10 +236,38 @@ def test_the_manifest_proves_itself():
     body = {"job": "x", "files": {"b": 1, "a": 2}}
     record = json.loads(commit.manifest(body))
     crc = record.pop("crc32")
-    assert record == {**body, "version": commit.MANIFEST_VERSION}
-    assert crc == zlib.crc32(common.dump_json(record))
-    assert zlib.crc32(common.dump_json({**record, "job": "y"})) != crc
+    assert record == {**body, "version": manifest.VERSION}
+    assert crc == zlib.crc32(manifest.dump(record))
+    assert zlib.crc32(manifest.dump({**record, "job": "y"})) != crc
     assert commit.manifest(dict(reversed(body.items()))) == commit.manifest(body)
+
+
+def test_a_manifest_has_a_line_for_each_file():
+    """As plain JSON with two blanks, but for what there may be a million of."""
+    record = commit.file_record([Extent(0, 4, 'a "b"', 7), Extent(4, 5, "ü", 8)])
+    body = {"notes": ["a", {"b": "c\n"}], "files": {"b": record, "a": record}, "none": {}}
+    text = commit.manifest(body).decode()
+    read = json.loads(text)
+    assert read["files"]["a"]["extents"] == [[0, 4, 'a "b"', 7], [4, 5, "ü", 8]]
+    lines = text.splitlines()
+    (place,) = (number for number, line in enumerate(lines) if line.startswith('    "a": '))
+    assert lines[place - 1] == '  "files": {'
+    assert lines[place].endswith('[[0,4,"a \\"b\\"",7],[4,5,"\\u00fc",8]],"size":9},')
+    assert lines[place + 1].startswith('    "b": ')
+    without = {key: value for key, value in read.items() if key != "files"}
+    assert manifest.dump(without) == common.dump_json(without)
+    assert manifest.dump({"files": {}}) == common.dump_json({"files": {}})
+
+
+def test_a_manifest_of_the_largest_model_can_be_read():
+    """405B in 512 parts: 2,275 extents each, whose names are as long as these."""
+    name = "model.layers.125.post_attention_layernorm.weight"
+    extent = [3_000_000_000, 1_000_000_000, name, 4_000_000_000]
+    length = len(manifest.dump({"files": {"": [extent] * 11}}))
+    length -= len(manifest.dump({"files": {"": [extent]}}))
+    most_bytes, most_values = common.MAX_JSON[common.MANIFEST]
+    assert length // 10 * 512 * 2276 <= most_bytes
+    assert most_values >= 5 * 512 * 2276
 
 
 def test_places_of_a_layout_are_those_that_readers_find(written):

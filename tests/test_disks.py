@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,3 +162,18 @@ def test_a_mount_point_is_no_target_but_a_directory_below_it_is(
     done(*move("meta4", undisturbed.source, "tp2", disk / "dst"))
     assert_same_files(disk / "dst", undisturbed["tp2"])
     assert only(disk, "dst")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_source_that_is_written_meanwhile_is_not_published(
+    world: int, source: Path, tmp_path: Path
+) -> None:
+    """Of a file that is saved again while it is read, one part would be old and the other new."""
+    copy = Path(shutil.copytree(source, tmp_path / "src"))
+    words = [*move("meta4", copy, "hf", tmp_path / "dst"), SMALL_ROUNDS]
+    grief = (WRITE, 0, 3, "nothing", str(copy / "consolidated.01.pth"))
+    job = jobs.finished(world, words, tmp_path / "said", sabotage, *grief)
+    assert job.wait(0) == [2] * world
+    assert "consolidated.01.pth`: was changed while it was read" in one_line(job.err)
+    assert not [path for path in tmp_path.glob("dst*") if path.is_dir()], "the mixture is kept"
+    done(*words)

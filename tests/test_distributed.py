@@ -2,8 +2,9 @@
 
 import pytest
 
-from reshard.distributed import choose_backend, launched_rank, launched_world
+from reshard.distributed import choose_backend
 from reshard.errors import ConfigError
+from reshard.meeting import launched_rank, launched_world
 from reshard.watcher import report_failure
 
 

@@ -521,3 +521,70 @@ def test_a_slow_rank_is_not_taken_for_one_that_hangs(
     job = jobs.finished(2, slow, tmp_path / "said", sabotage, WRITE, 1, 1, "dawdle")
     assert (job.wait(0), job.err) == ([0, 0], "")
     assert_same_files(tmp_path / "dst", undisturbed["tp2"])
+
+
+def test_what_comes_to_the_target_while_a_job_runs_is_not_replaced(
+    source: Path, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reshard.workspace import Workspace
+
+    publish, precious = Workspace.publish, tmp_path / "dst" / "precious"
+
+    def late(self: Workspace, **options: bool) -> None:
+        precious.parent.mkdir()
+        precious.write_text("mine")
+        publish(self, **options)
+
+    words = move("meta4", source, "hf", tmp_path / "dst")
+    with monkeypatch.context() as patched:
+        patched.setattr(Workspace, "publish", late)
+        found = call(*words)
+    assert found.code == 2
+    assert "exists and is not the result of this job" in one_line(found.err)
+    assert precious.read_text() == "mine"
+    precious.unlink()
+    assert run(1, words, tmp_path)["bytes"]["resumed"] > 0, "all was done again"
+    assert_same_files(tmp_path / "dst", undisturbed["hf"])
+
+
+def test_an_empty_directory_does_not_hide_what_was_moved_aside(
+    source: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Stopped between the two renames; then `mkdir -p DST`, and another job with --force."""
+    done(*move("meta4", source, "hf", tmp_path / "dst"))
+    words = [*move("meta4", source, "tp2", tmp_path / "dst"), "--force"]
+    job = jobs.finished(
+        1, words, tmp_path / "said", sabotage, "reshard.workspace:rename", 0, 2, "kill"
+    )
+    assert job.wait(0) == [-signal.SIGKILL]
+    (tmp_path / "dst").mkdir()
+    refused_late = call(*move("meta4", source, "gguf", tmp_path / "dst"))
+    assert refused_late.code == 2, refused_late
+    assert_same_files(tmp_path / "dst", undisturbed["hf"])
+
+
+def test_a_damaged_result_of_the_same_job_is_replaced_by_force(
+    source: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    words = move("meta4", source, "hf", tmp_path / "dst")
+    done(*words)
+    cut = tmp_path / "dst" / "model.safetensors"
+    os.truncate(cut, 100)
+    refused(tmp_path, r"model.safetensors`: missing or cut: .* --force", *words)
+    done(*words, "--force")
+    assert_same_files(tmp_path / "dst", undisturbed["hf"])
+
+
+def test_ranks_whose_store_is_gone_end_with_one_line(source: Path, tmp_path: Path) -> None:
+    """The first rank keeps it where no torchrun does: without it nobody can agree who speaks."""
+    words = [*move("meta4", source, "tp2", tmp_path / "dst"), SMALL_ROUNDS]
+    with jobs.start(2, words, tmp_path / "said", sabotage, WRITE, 1, 3, "dawdle") as job:
+        job.until(lambda: list(tmp_path.glob("dst.partial-*/journals/*")))
+        del job.store
+        codes = job.wait(30)
+    assert codes == [1, 1]
+    # torch's own lines are not silenced here: it was imported before the program.
+    lines = [line for line in job.err.splitlines() if line.startswith("reshard:")]
+    assert len(lines) == 1, lines
+    expected = r"reshard: rank 0 is gone, so the job ends, .* where this one stopped"
+    assert re.fullmatch(expected, lines[0])

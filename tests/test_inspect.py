@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from reshard import journal
+from reshard import damage, journal
 from tests.commands import call, done, model, move, refused, write
 from tests.oracles import meta, nanotron
 
@@ -365,3 +366,79 @@ def test_a_tokenizer_of_a_release_is_no_fault(tmp_path: Path) -> None:
     found = json.loads(done("inspect", source, "--json").out)
     assert found["healthy"]
     assert "tokenizer.json" in found["ready"]
+
+
+def leftover_indexes(source: Path) -> None:
+    """Indexes of weights that a download left out, and of another variant."""
+    for name in (
+        "pytorch_model.bin",
+        "tf_model.h5",
+        "model.fp16.safetensors",
+        "flax_model.msgpack",
+    ):
+        record = {"weight_map": {"a": f"part-of-{name}"}}
+        (source / f"{name}.index.json").write_text(json.dumps(record))
+
+
+def test_an_index_of_weights_that_were_left_out_is_no_fault(tmp_path: Path) -> None:
+    for kind in ("hf", "hf2"):
+        source = write(kind, tmp_path / kind)
+        leftover_indexes(source)
+        assert json.loads(done("inspect", source, "--json").out)["healthy"] is True
+    (source / "model-00001-of-00002.safetensors").unlink()
+    assert not [line for line in problems(source) if "part-of" in line]
+
+
+def test_an_index_is_looked_at_where_no_weights_are(tmp_path: Path) -> None:
+    leftover_indexes(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    said = problems(tmp_path)
+    assert any("part-of-pytorch_model.bin`: is missing, but `pytorch" in line for line in said)
+    assert not [line for line in said if "tf_model" in line or "fp16" in line]
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc/passwd", "a\x1b[2Jb", "a/../../b", ""])
+def test_a_name_of_an_index_stays_inside_and_is_printed_as_text(name: str, tmp_path: Path) -> None:
+    source = write("hf2", tmp_path / "src")
+    index = source / "model.safetensors.index.json"
+    record = json.loads(index.read_text())
+    record["weight_map"]["more"] = name
+    index.write_text(json.dumps(record))
+    assert any("lies outside the checkpoint's directory" in line for line in problems(source))
+    said = call("inspect", source).out
+    assert "PROBLEM" in said
+    assert all(line.isprintable() for line in said.splitlines())
+
+
+def test_findings_are_printed_as_text(tmp_path: Path) -> None:
+    source = write("hf2", tmp_path / "a\x1b[2Jb")
+    said = done("inspect", source).out
+    assert said.startswith(f"{tmp_path}/a\\x1b[2Jb: hf\n")
+    assert json.loads(done("inspect", source, "--json").out)["path"] == str(source)
+
+
+def test_a_checklist_that_names_what_is_no_file_does_not_block(tmp_path: Path) -> None:
+    source = write("meta4", tmp_path / "src")
+    os.mkfifo(source / "pipe")
+    (source / "checklist.chk").write_text(f"{'0' * 32}  pipe\n{'0' * 32}  gone\n")
+    said = problems(source, "--checksums")
+    assert [line.split("`")[2] for line in said] == [": is no plain file", " is missing"]
+    (source / "checklist.chk").write_bytes(b"\n" * ((1 << 20) + 1))
+    (said,) = problems(source, "--checksums")
+    assert said.endswith("checklist.chk`: 1048577 bytes, expected 1048576 at most")
+
+
+def test_what_is_damaged_is_looked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads all headers, of which there may be thousands."""
+    seen, real = [], damage.found_in
+
+    def counted(*given: Any) -> list[str]:
+        seen.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(damage, "found_in", counted)
+    (tmp_path / "tokenizer.json").write_text("{")
+    problems(tmp_path)
+    assert seen == [(tmp_path, None)]

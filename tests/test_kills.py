@@ -66,7 +66,7 @@ STEPS = {
     "before syncing data": Step("reshard.storage:Files.sync"),
     "between the two syncs": Step("reshard.storage:Log.sync"),
     "after syncing": Step("reshard.storage:Log.sync", "kill after"),
-    "moved": Step("reshard.job:_Run._compare"),
+    "moved": Step("reshard.job:_Run._judge"),
     "finishing a file": Step("reshard.commit:finish_file"),
     "between two files": Step("reshard.commit:finish_file", "kill after"),
     "patching a checksum": Step("reshard.commit:_patch", "kill after", target="meta4"),

@@ -158,7 +158,7 @@ def test_a_notice_stops_all_ranks_in_time_with_one_line(
     ("number", "code", "what"),
     [
         (signal.SIGTERM, 143, "stopped by SIGTERM, in phase `move`"),
-        (signal.SIGINT, 1, "interrupted"),
+        (signal.SIGINT, 130, "interrupted"),
     ],
     ids=["SIGTERM", "SIGINT"],
 )

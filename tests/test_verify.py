@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from reshard import readback
+from reshard import manifest, readback
 from reshard.distributed import Ranks
 from reshard.errors import StorageError
-from reshard.readback import Span, differing, spans_of
+from reshard.manifest import Span, spans_of
+from reshard.readback import differing
 from tests import jobs
 from tests.commands import call, done, move, one_line, refused, write
 from tests.oracles.compare import files_in
@@ -123,6 +124,60 @@ def test_a_manifest_that_cannot_be_read_is_a_difference(
     refused(root, r"reshard.json`", "verify", root, code=1)
 
 
+DATA = b"some bytes"
+TILES = [[0, 4, "a", zlib.crc32(DATA[:4])], [4, 6, "b", zlib.crc32(DATA[4:])]]
+WHOLE = {"size": 10, "crc32": zlib.crc32(DATA), "extents": TILES}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"extents": TILES[:1]},
+        {"extents": TILES[1:]},
+        {"extents": TILES[::-1]},
+        {"extents": [TILES[0], *TILES]},
+        {"extents": []},
+        {"extents": None},
+        {"extents": [[0, 1 << 40, "a", 1]] * 1000, "size": 1 << 40},
+        {"extents": [[0, 1 << 40, "a", 1]] * 1000, "size": 1000 << 40},
+        {"extents": [[0, 1 << 70, "a", 1]], "size": 1 << 70},
+        {"extents": [[0, 12, "a", 1], [12, -2, "b", 1]]},
+        {"extents": [[False, 4, "a", TILES[0][3]], TILES[1]]},
+        {"extents": [[0, True, "a", zlib.crc32(DATA[:1])]], "size": 1},
+        {"extents": [[0, 10, "a", 1 << 32]]},
+        {"extents": [[0, 10, "a", -1]]},
+        {"extents": [[0, 10, "a", 1.0]]},
+        {"extents": [[0, 10, ["a"], zlib.crc32(DATA)]]},
+        {"extents": [[0, 10, "a"]]},
+        {"extents": ["abcd"]},
+        {"size": 11},
+        {"size": 10.0},
+        {"size": None},
+        {"crc32": zlib.crc32(DATA) ^ 1},
+        {"crc32": None},
+    ],
+    ids=str,
+)
+def test_extents_that_are_not_the_file_are_no_manifest(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    """Whose own checksum is right: bytes that no extent covers would never be read."""
+    (tmp_path / "file").write_bytes(DATA)
+    (tmp_path / "reshard.json").write_bytes(manifest.written({"files": {"file": WHOLE}}))
+    done("verify", tmp_path)
+    record = {**WHOLE, **changes}
+    (tmp_path / "reshard.json").write_bytes(manifest.written({"files": {"file": record}}))
+    refused(tmp_path, r"reshard.json`: not a manifest of this program", "verify", tmp_path)
+
+
+def test_true_is_no_size(tmp_path: Path) -> None:
+    """True is a number to Python, and the size of a file of one byte."""
+    record = {"size": True, "crc32": zlib.crc32(b"x"), "extents": [[0, 1, "a", zlib.crc32(b"x")]]}
+    with pytest.raises(TypeError):
+        spans_of({"file": record})
+    assert spans_of({"file": {"size": 0, "crc32": 0, "extents": []}}) == []
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_missing_extra_and_cut_files_are_named(
     target: str, made: dict[str, Path], tmp_path: Path
@@ -215,12 +270,11 @@ def spans_and_file(tmp_path: Path) -> tuple[list[Span], Path]:
     data = random.Random(0).randbytes(100_000)
     (tmp_path / "file").write_bytes(data)
     tiles = [(0, 100, "header"), (100, 99_000, "a"), (99_100, 900, "b")]
-    record = {
-        "extents": [
-            [start, length, what, zlib.crc32(data[start : start + length])]
-            for start, length, what in tiles
-        ]
-    }
+    extents = [
+        [start, length, what, zlib.crc32(data[start : start + length])]
+        for start, length, what in tiles
+    ]
+    record = {"size": len(data), "crc32": zlib.crc32(data), "extents": extents}
     return spans_of({"file": record}), tmp_path / "file"
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.commands import call, done, model, move, one_line, write
+from tests.oracles.bytelevel import llama3
 from tests.oracles.compare import files_in
-from tests.test_tokenizers_gguf import llama3
+
+pytest.importorskip("gguf")
 
 TARGETS = {
     "meta2": ("meta2",),

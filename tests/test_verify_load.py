@@ -14,12 +14,15 @@ import pytest
 import torch
 import transformers
 
-from reshard import containers, loading
+from reshard import containers, loading, transformed
 from reshard.containers import Entry, FileIndex
+from reshard.errors import VerifyError
 from tests import jobs
 from tests.commands import call, done, model, move, one_line, refused, write
+from tests.oracles.bytelevel import llama3
 from tests.oracles.compare import files_in
-from tests.test_tokenizers_gguf import llama3
+
+pytest.importorskip("gguf")
 
 # For each target: its keys, the library, and the tensors that are to be counted.
 TARGETS = {
@@ -107,6 +110,46 @@ def test_a_config_that_transformers_cannot_use_is_named(
     edited(bare / "config.json", hidden_act="no such function")
     pattern = r"transformers cannot make a LlamaForCausalLM of config.json: .*no such function"
     refused(bare, pattern, "verify", bare, "--load", code=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaForAll", "logging", "is_torch_available", "LlamaConfig", "PreTrainedConfig"]
+)
+def test_an_architecture_that_is_no_model_of_transformers_is_named(
+    name: str, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = transformers.AutoConfig.from_pretrained
+
+    def other(*given: Any, **named: Any) -> Any:
+        config = real(*given, **named)
+        config.architectures = [name]
+        return config
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", other)
+    said = rf"transformers has no model `{name}`, which config.json names"
+    refused(made["hf"], said, "verify", made["hf"], "--load", code=1)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([5], r"has no model `5`, which"),
+        (["__doc__"], r"has no model `__doc__`, which"),
+        (["a\x1bb"], r"has no model `a\\x1bb`, which"),
+    ],
+)
+def test_an_architecture_may_be_anything(names: list[object], said: str) -> None:
+    with pytest.raises(VerifyError, match=said):
+        transformed._class(transformers, names)
+
+
+def test_a_config_that_names_no_architecture_makes_the_usual_one(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    bare = without_manifest(made["hf"], tmp_path / "hf")
+    edited(bare / "config.json", architectures=None)
+    said = done("verify", bare, "--load").out
+    assert "loaded: LlamaConfig, AutoModelForCausalLM with 21 names" in said
 
 
 def test_names_and_shapes_are_those_that_transformers_has(

@@ -202,6 +202,6 @@ def skeleton(
     return laid_out
 
 
-def shown(text: str) -> str:
-    """Text from a file as it may appear in a one-line message."""
-    return repr(text[:80])[1:-1]
+def shown(value: object) -> str:
+    """A value from a file or a user as it may appear in a one-line message."""
+    return repr(str(value)[:80])[1:-1]

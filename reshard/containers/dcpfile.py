@@ -87,9 +87,9 @@ def _opened(
                 )
             return _entry(item, dtype, Range(content, item.offset, item.length))
     except OSError as error:
-        raise CheckpointError(f"`{file}`: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"`{root / file}`: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"`{file}`: item `{item.key}`: {error}") from error
+        raise CheckpointError(f"`{root / file}`: item `{item.key}`: {error}") from error
 
 
 def skeleton(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Skeleton:

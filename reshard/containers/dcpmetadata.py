@@ -142,15 +142,15 @@ def _missing(root: Path) -> str:
 def _read(path: Path, size: int, _modified: int, _inode: int) -> Directory:
     """`read`, once for each version of the file."""
     if size > _MAX_BYTES:
-        raise CheckpointError(f"`{NAME}`: takes {size} bytes, expected at most {_MAX_BYTES}")
+        raise CheckpointError(f"`{path}`: takes {size} bytes, expected at most {_MAX_BYTES}")
     try:
         with opened(path) as file:
             content = dcppickle.read(file.read(size))
         return _Reader(path.parent).directory(content)
     except OSError as error:
-        raise CheckpointError(f"`{NAME}`: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"`{path}`: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"`{NAME}`: {error}") from error
+        raise CheckpointError(f"`{path}`: {error}") from error
 
 
 class _Reader:

@@ -71,9 +71,9 @@ def index(root: Path, file: str) -> FileIndex:
         with opened(root / file) as content:
             return _read(Cursor(content))
     except OSError as error:
-        raise CheckpointError(f"`{file}`: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"`{root / file}`: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"`{file}`: {error}") from error
+        raise CheckpointError(f"`{root / file}`: {error}") from error
 
 
 def _read(cursor: Cursor) -> FileIndex:

@@ -62,9 +62,9 @@ def index(root: Path, file: str) -> FileIndex:
         metadata, entries = _parse(header, data_start=data_start)
         _check_tiling(entries, data_start=data_start, file_bytes=file_bytes)
     except OSError as error:
-        raise CheckpointError(f"`{file}`: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"`{root / file}`: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"`{file}`: {error}") from error
+        raise CheckpointError(f"`{root / file}`: {error}") from error
     return FileIndex(entries, metadata)
 
 

@@ -38,9 +38,9 @@ def index(root: Path, file: str) -> FileIndex:
             held = tensorpickle.read(archive.read("data.pkl"))
             return FileIndex(_entries(held.tensors, archive), {}, held.others)
     except OSError as error:
-        raise CheckpointError(f"`{file}`: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"`{root / file}`: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"`{file}`: {error}") from error
+        raise CheckpointError(f"`{root / file}`: {error}") from error
 
 
 def skeleton(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Skeleton:

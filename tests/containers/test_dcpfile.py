@@ -88,7 +88,7 @@ def index(root: Path, file: str = "a.distcp") -> FileIndex:
 def refusal(root: Path, file: str = "a.distcp") -> str:
     with pytest.raises(CheckpointError) as caught:
         index(root, file)
-    assert str(caught.value).startswith(f"`{file}`: ")
+    assert str(caught.value).startswith(f"`{root / file}`: ")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

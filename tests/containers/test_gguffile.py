@@ -395,7 +395,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, fault):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
         index(path)
-    assert str(caught.value).startswith("`m.gguf`: ")
+    assert str(caught.value).startswith(f"`{path}`: ")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 
@@ -413,7 +413,7 @@ def test_every_type_is_read_or_refused_by_the_name_that_gguf_has_for_it(tmp_path
 
 
 def test_a_missing_file_is_a_checkpoint_error(tmp_path):
-    with pytest.raises(CheckpointError, match=r"`m.gguf`: cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"m.gguf`: cannot be read: No such file"):
         index(tmp_path / "m.gguf")
 
 

@@ -211,7 +211,7 @@ def test_a_bad_header_is_refused_in_one_line(tmp_path, fault):
     path = written(tmp_path / "m.safetensors", header, bytes(data_bytes))
     with pytest.raises(CheckpointError, match=message) as caught:
         index(path)
-    assert str(caught.value).startswith("`m.safetensors`: ")
+    assert str(caught.value).startswith(f"`{path}`: ")
     assert "\n" not in str(caught.value)
 
 
@@ -232,7 +232,7 @@ def test_a_bad_length_is_refused_before_anything_is_read(tmp_path, content, mess
 
 
 def test_a_missing_file_is_a_checkpoint_error(tmp_path):
-    with pytest.raises(CheckpointError, match=r"`m.safetensors`: cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"m.safetensors`: cannot be read: No such file"):
         index(tmp_path / "m.safetensors")
 
 

@@ -46,6 +46,22 @@ def test_yaml_that_no_configuration_needs(tmp_path, fault):
     assert message in refusal(lambda: config.load(None, None, [], str(file)))
 
 
+@pytest.mark.parametrize("character", ["\t", "\x7f", "\x85", "\u200f", "\u202e", "\ufeff"])
+def test_a_path_with_what_moves_the_text_around_it(character):
+    said = refusal(lambda: yamltext.container(OmegaConf.create({"a": f"x{character}y"}), "job"))
+    assert "has characters that cannot be printed" in said
+
+
+@pytest.mark.parametrize("character", ["\u00a0", "\u3000", " ", "\u00e9", "\U0001f600"])
+def test_a_path_in_any_script(character, tmp_path):
+    path = f"{tmp_path}/x{character}y"
+    (tmp_path / "job.yaml").write_text(f'src: {{path: "{path}"}}', encoding="utf-8")
+    assert yamltext.read(tmp_path / "job.yaml") == {"src": {"path": path}}
+    assert yamltext.container(yamltext.dotlist([f"src.path={path}"], "job"), "job") == {
+        "src": {"path": path}
+    }
+
+
 def test_a_file_of_more_than_a_mebibyte(tmp_path):
     (tmp_path / "job.yaml").write_text("#" * ((1 << 20) + 1))
     assert "1048577 bytes, expected 1048576 at most" in refusal(
