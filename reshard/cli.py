@@ -20,12 +20,12 @@ from reshard.distributed import Ranks, end_with_launcher
 from reshard.engine import least_memory
 from reshard.errors import ConfigError, PeerError, told
 from reshard.formats.common import MANIFEST
+from reshard.lastwords import report_failure
 from reshard.meeting import launched_rank, launcher_lives, refused_before, remember_refusal
 from reshard.prepare import prepare
 from reshard.smallfiles import discard_scratch
 from reshard.storage import explained
 from reshard.topologies import near
-from reshard.watcher import report_failure
 
 ELSEWHERE_SECONDS = 4.5
 TURN_SECONDS, MAX_TURN = 0.5, 10

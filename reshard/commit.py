@@ -23,7 +23,6 @@ from reshard.errors import CheckpointError, StorageError
 from reshard.geometry import row_major
 from reshard.journal import Record
 from reshard.layout import Content, Layout, StoredTensor
-from reshard.manifest import written
 from reshard.storage import Files, create, sync
 
 ZEROS = bytes(1 << 20)
@@ -239,11 +238,6 @@ def file_record(extents: Sequence[Extent]) -> dict[str, object]:
         position += extent.length
         crc = isal_zlib.crc32_combine(crc, extent.crc, extent.length)
     return {"size": position, "crc32": crc, "extents": [extent.to_json() for extent in extents]}
-
-
-def manifest(body: Mapping[str, object]) -> bytes:
-    """reshard.json, with a checksum over everything else in it."""
-    return written(body)
 
 
 def write_pieces(

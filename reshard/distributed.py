@@ -17,6 +17,7 @@ from accelerate import PartialState
 from torch.distributed import HashStore, distributed_c10d  # type: ignore[attr-defined]  # not in the stubs
 
 from reshard.errors import ConfigError, PeerError, ReshardError, first_line, told
+from reshard.lastwords import end_with, report_failure
 from reshard.meeting import (
     LAUNCHER,
     first_here,
@@ -25,7 +26,7 @@ from reshard.meeting import (
     remember_refusal,
     speaks,
 )
-from reshard.watcher import Activity, Place, Watcher, end_with, report_failure
+from reshard.watcher import Activity, Place, Watcher
 
 PATIENCE = timedelta(days=30)
 T = TypeVar("T")

@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from reshard import commit
+from reshard import commit, manifest
 from reshard.distributed import Ranks
 from reshard.errors import StorageError
 from reshard.formats import common
 from reshard.formats.options import Scan
 from reshard.journal import Table
-from reshard.manifest import spans_of
 from reshard.plan import Plan
 from reshard.prepare import Prepared, small_files
 from reshard.readback import differing
@@ -56,7 +55,7 @@ class Finish:
         for file in records if ranks.first_here else ():  # each machine remembers for itself
             forget(data / file)
         ranks.barrier("verify")
-        if wrong := differing(data, spans_of(records), ranks):
+        if wrong := differing(data, manifest.spans_of(records), ranks):
             raise StorageError(
                 f"{wrong[0].difference('what was written')}; a disk or a memory is at fault: "
                 "the result is not published"
@@ -117,7 +116,7 @@ class Finish:
             "libraries": library_versions(self.plan),
             "files": {**records, **small},
         }
-        listed = commit.manifest(body)
+        listed = manifest.written(body)
         path = data / common.MANIFEST
         small[common.MANIFEST] = commit.write_pieces(path, (listed,), "text", fsync=fsync)
         if fsync:

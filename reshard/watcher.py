@@ -21,27 +21,11 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-BEAT_SECONDS = 0.5
+from reshard.lastwords import BEAT_SECONDS, report_failure, within_a_second
+
 SILENT_SECONDS = 4.0
 VERDICT_SECONDS = 6.0
 GO_ON = "; the same command goes on where this one stopped"
-
-
-def report_failure(message: str) -> None:
-    """The one line that says what went wrong."""
-    _within_a_second(lambda: print(f"reshard: {message}", file=sys.stderr, flush=True))
-
-
-def _within_a_second(work: Callable[[], object]) -> None:
-    """Print or flush, unless nobody listens any more, or somebody who does not read."""
-
-    def try_it() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            work()
-
-    thread = threading.Thread(target=try_it, name="last words", daemon=True)
-    thread.start()
-    thread.join(1.0)
 
 
 @dataclass(slots=True)
@@ -83,20 +67,6 @@ class Place:
     world: int
     speaks: bool = True
     launcher: int | None = None
-
-
-def end_with(launcher: int, over: Callable[[], bool], *, speaks: bool) -> None:
-    """End this process soon after its launcher, until `over`: then a watcher looks after it."""
-
-    def look() -> None:
-        while not over():
-            if os.getppid() != launcher:
-                if speaks:
-                    report_failure("the launcher is gone, so the job ends")
-                os._exit(1)
-            time.sleep(BEAT_SECONDS)
-
-    threading.Thread(target=look, name="launcher", daemon=True).start()
 
 
 class Watcher(threading.Thread):
@@ -302,8 +272,8 @@ class Watcher(threading.Thread):
         for cleanup in self.cleanups:
             with contextlib.suppress(Exception):
                 cleanup()
-        _within_a_second(sys.stdout.flush)
-        _within_a_second(sys.stderr.flush)
+        within_a_second(sys.stdout.flush)
+        within_a_second(sys.stderr.flush)
         os._exit(code)
 
     def _say(self) -> None:

@@ -234,19 +234,19 @@ def test_a_small_file_is_recorded_like_a_large_one(pieces, tmp_path):
 
 def test_the_manifest_proves_itself():
     body = {"job": "x", "files": {"b": 1, "a": 2}}
-    record = json.loads(commit.manifest(body))
+    record = json.loads(manifest.written(body))
     crc = record.pop("crc32")
     assert record == {**body, "version": manifest.VERSION}
     assert crc == zlib.crc32(manifest.dump(record))
     assert zlib.crc32(manifest.dump({**record, "job": "y"})) != crc
-    assert commit.manifest(dict(reversed(body.items()))) == commit.manifest(body)
+    assert manifest.written(dict(reversed(body.items()))) == manifest.written(body)
 
 
 def test_a_manifest_has_a_line_for_each_file():
     """As plain JSON with two blanks, but for what there may be a million of."""
     record = commit.file_record([Extent(0, 4, 'a "b"', 7), Extent(4, 5, "ü", 8)])
     body = {"notes": ["a", {"b": "c\n"}], "files": {"b": record, "a": record}, "none": {}}
-    text = commit.manifest(body).decode()
+    text = manifest.written(body).decode()
     read = json.loads(text)
     assert read["files"]["a"]["extents"] == [[0, 4, 'a "b"', 7], [4, 5, "ü", 8]]
     lines = text.splitlines()

@@ -31,7 +31,7 @@ STEPS = {
     "moving": (WRITE, 3),
     "journalling": ("reshard.journal:Journal.append", 3),
     "small files": ("reshard.commit:write_pieces", 1),
-    "the manifest": ("reshard.commit:manifest", 1),
+    "the manifest": ("reshard.manifest:written", 1),
 }
 
 

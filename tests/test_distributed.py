@@ -4,8 +4,8 @@ import pytest
 
 from reshard.distributed import choose_backend
 from reshard.errors import ConfigError
+from reshard.lastwords import report_failure
 from reshard.meeting import launched_rank, launched_world
-from reshard.watcher import report_failure
 
 
 @pytest.mark.parametrize(

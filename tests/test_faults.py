@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from tests.oracles.compare import assert_same, assert_same_files
 from tests.sabotage import WRITE, sabotage, suffer
 
 pytestmark = pytest.mark.fault
-
-FIVE_SECONDS = 5.0
 
 
 def interrupt(world: int, words: list[str], where: Path, nth: int = 8) -> None:
@@ -280,32 +277,7 @@ def test_only_the_damaged_piece_is_written_again(source: Path, tmp_path: Path) -
     assert moved["written"] <= moved["written_bound"] - before + records[3].length
 
 
-# A kill at any point of a job.
-
-POINTS = {
-    "making the directory": "reshard.workspace:Workspace.begin",
-    "laying out": "reshard.commit:lay_out",
-    "moving": WRITE,
-    "finishing": "reshard.commit:finish_file",
-    "writing small files": "reshard.commit:write_pieces",
-    "publishing": "reshard.workspace:Workspace.publish",
-    "cleaning up": "reshard.storage:shutil.rmtree",
-}
-
-
-@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
-def test_a_kill_leaves_the_target_absent_or_complete(
-    point: str, source: Path, undisturbed: Undisturbed, tmp_path: Path
-) -> None:
-    words = move("meta4", source, "tp2", tmp_path / "dst")
-    job = jobs.finished(1, words, tmp_path / "said", sabotage, point, 0, 1, "kill")
-    assert job.wait(0) == [-signal.SIGKILL]
-    if (tmp_path / "dst").exists():
-        assert point.endswith("rmtree"), "published too early"
-        assert_same_files(tmp_path / "dst", undisturbed["tp2"])
-    found = run(1, words, tmp_path)
-    assert_same_files(tmp_path / "dst", undisturbed["tp2"])
-    assert only(tmp_path, "dst"), f"{os.listdir(tmp_path)} after {found['state']}"
+# A kill while something is in the way.
 
 
 @pytest.mark.parametrize(
@@ -418,86 +390,7 @@ def test_a_second_job_on_a_target_is_refused_while_the_first_one_runs(
     assert_same_files(tmp_path / "dst", undisturbed["tp2"])
 
 
-# Several ranks, one of which comes to grief: all end soon, and one line says why.
-
-
-def failed(
-    source: Path, tmp_path: Path, where: str, which: int, how: str, *words: str, world: int = 3
-) -> tuple[list[int], str, float]:
-    """The exit codes of the other ranks, the one line, and the seconds from fault to end."""
-    command = [*move("meta4", source, "tp2", tmp_path / "dst"), SMALL_ROUNDS, *words]
-    grief = (where, which, 3 if where == WRITE else 1, how, str(tmp_path / "fault"))
-    with jobs.start(world, command, tmp_path / "said", sabotage, *grief) as job:
-        job.until((tmp_path / "fault").exists)
-        began = time.monotonic()
-        others = [rank for number, rank in enumerate(job.ranks) if number != which]
-        for rank in others:
-            rank.join(20)
-        seconds = time.monotonic() - began
-        codes = [rank.exitcode if rank.exitcode is not None else -99 for rank in others]
-        if how not in ("stop", "hang"):
-            job.wait(1)
-    lines = [line for line in job.err.splitlines() if line.startswith("reshard:")]
-    assert len(lines) == 1, f"{len(lines)} lines begin with `reshard:`\n{job.err}"
-    assert "Traceback" not in job.err
-    assert not (tmp_path / "dst").exists()
-    return codes, lines[0], seconds
-
-
-@pytest.mark.parametrize(
-    ("which", "how", "code", "pattern"),
-    [
-        (0, "fail", 1, r"the disk of a test has failed"),
-        (2, "fail", 1, r"the disk of a test has failed"),
-        (1, "refuse", 2, r"the checkpoint of a test is refused"),
-        (1, "bug", 1, r"unexpected KeyError"),
-    ],
-)
-def test_an_error_of_any_rank_ends_all_with_its_line_and_code(
-    which: int, how: str, code: int, pattern: str, source: Path, tmp_path: Path
-) -> None:
-    codes, line, seconds = failed(source, tmp_path, WRITE, which, how)
-    assert re.search(pattern, line), line
-    assert codes == [code, code]
-    assert seconds < FIVE_SECONDS
-
-
-@pytest.mark.parametrize(("which", "how"), [(0, "kill"), (2, "kill"), (1, "kill late")])
-def test_a_rank_that_is_killed_ends_all(which: int, how: str, source: Path, tmp_path: Path) -> None:
-    codes, line, seconds = failed(source, tmp_path, WRITE, which, how)
-    assert re.search(rf"rank {which} died", line), line
-    assert codes == [1, 1]
-    assert seconds < FIVE_SECONDS
-
-
-def test_a_rank_that_is_stopped_is_named(source: Path, tmp_path: Path) -> None:
-    codes, line, seconds = failed(source, tmp_path, WRITE, 1, "stop", "engine.timeout=2")
-    assert re.search(r"rank 1 made no progress for 2 s \(engine.timeout\)", line), line
-    assert codes == [1, 1]
-    assert seconds < FIVE_SECONDS
-
-
-HANGS = {
-    "plan": "reshard.job:prepare",
-    "move": WRITE,
-    "move while syncing": "reshard.storage:Files.sync",
-    "move while reading": "reshard.engine:Engine._load",
-    "commit": "reshard.commit:finish_file",
-}
-
-
-@pytest.mark.parametrize("phase", HANGS)
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_rank_that_hangs_is_named(which: int, phase: str, source: Path, tmp_path: Path) -> None:
-    codes, line, seconds = failed(
-        source, tmp_path, HANGS[phase], which, "hang", "engine.timeout=2", world=2
-    )
-    expected = (
-        rf"rank {which} made no progress for 2 s \(engine.timeout\) in phase `{phase.split()[0]}`"
-    )
-    assert re.search(expected, line), line
-    assert codes == [1]
-    assert seconds < FIVE_SECONDS
+# Ranks that get on, or do not.
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -56,8 +56,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "parent": set(),
     "meeting": {"errors", "parent"},
-    "watcher": set(),
-    "distributed": {"errors", "meeting", "watcher"},
+    "lastwords": set(),
+    "watcher": {"lastwords"},
+    "distributed": {"errors", "lastwords", "meeting", "watcher"},
     "yamltext": {"containers", "errors", "families", "formats"},
     "topologies": {"containers", "errors", "families", "formats", "yamltext"},
     "schema": set(),
@@ -73,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "workspace": {"errors", "families", "formats", "storage"},
     "manifest": {"errors", "families", "formats"},
-    "commit": {"containers", "errors", "geometry", "journal", "layout", "manifest", "storage"},
+    "commit": {"containers", "errors", "geometry", "journal", "layout", "storage"},
     "replicas": {"checks", "containers", "errors", "geometry", "layout", "packing", "storage"},
     "assets": {"errors", "formats", "storage"},
     "tokenizers": {"errors"},
@@ -210,6 +211,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "formats",
         "inspect",
         "job",
+        "lastwords",
         "loading",
         "meeting",
         "prepare",
@@ -218,7 +220,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "storage",
         "topologies",
         "verify",
-        "watcher",
     },
     "__main__": {"cli", "parent"},
 }
@@ -370,11 +371,11 @@ def test_only_the_cli_prints():
         )
 
     elsewhere = {place for place in sites(prints) if place[0] != "cli"}
-    assert elsewhere == {("progress", "Progress.add"), ("watcher", "report_failure")}
+    assert elsewhere == {("progress", "Progress.add"), ("lastwords", "report_failure")}
 
 
 def test_what_is_printed_elsewhere_goes_to_stderr():
-    for module in ("progress", "watcher"):
+    for module in ("progress", "lastwords"):
         for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
             if isinstance(node, ast.Call) and is_name(node.func, "print"):
                 files = [ast.unparse(item.value) for item in node.keywords if item.arg == "file"]

@@ -74,7 +74,7 @@ STEPS = {
     "in the middle of a small file": Step(
         "reshard.commit:create", "kill after", nth=2, first=True, target="hf"
     ),
-    "before the manifest": Step("reshard.commit:manifest", first=True),
+    "before the manifest": Step("reshard.manifest:written", first=True),
     "after the manifest": Step("reshard.commit:sync_directories", first=True),
     "reading back": Step("reshard.finish:differing"),
     "before the rename": Step("reshard.workspace:rename", first=True),
@@ -136,7 +136,7 @@ def selection(long: bool) -> list[Kill]:
     return chosen
 
 
-SHORT_MOMENTS, LONG_MOMENTS = 2, 50
+SHORT_MOMENTS, LONG_MOMENTS = 1, 50
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -183,7 +183,7 @@ def test_a_notice_at_a_random_moment_is_heeded_in_one_line(
 ) -> None:
     """As torchrun gives it: to every rank, one after the other."""
     chance = random.Random(0)
-    for number in range(40 if long else 4):
+    for number in range(40 if long else 2):
         folder, world = tmp_path / str(number), (1, 3)[number % 2]
         folder.mkdir()
         words = [*move("meta4", undisturbed.source, "tp2", folder / "dst"), SMALL_ROUNDS]

@@ -151,7 +151,7 @@ def test_it_is_detected_and_looked_into(tmp_path: Path) -> None:
     file = tmp_path / "toy" / "layers" / "1" / "mlp.up.safetensors"
     os.truncate(file, file.stat().st_size - 1)
     words = ["--src", tmp_path / "toy", "--dst", "hf", f"dst.path={tmp_path}/dst"]
-    refused(tmp_path, r"`layers/1/mlp.up.safetensors`: .*truncated", *words)
+    refused(tmp_path, r"layers/1/mlp.up.safetensors`: .*truncated", *words)
     file.unlink()
     refused(tmp_path, r"layers/1/mlp.up.safetensors`: no such file", *words)
 
