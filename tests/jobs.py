@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 Before = Callable[..., None]
 NO_LIMIT = 300
-# What a job has to end within after a fault: 5 seconds, and as much again on a machine under load.
-SOON = 10.0
+# Within how many seconds all ranks of a job end after a fault of one.
+SOON = 5.0
 
 
 @dataclass
