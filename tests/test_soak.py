@@ -41,6 +41,12 @@ def resources() -> Own:
     return pages * os.sysconf("SC_PAGESIZE"), descriptors, threading.active_count()
 
 
+def growth(seen: Sequence[int]) -> int:
+    """From the first quarter to the last; of each the least, as a thread may hold a file just then."""
+    quarter = len(seen) // 4
+    return min(seen[-quarter:]) - min(seen[:quarter])
+
+
 def many(ready: Sequence[Ready], count: int, every: int) -> tuple[list[Own], list[str]]:
     """What one rank has of itself, `every` so many conversions; how each kind ended."""
     ranks, seen, ends = Ranks(), list[Own](), [""] * len(ready)
@@ -112,11 +118,9 @@ def test_many_conversions_in_one_group_leave_nothing_behind(
         assert "consolidated.01.pth" in ends[2]
         assert "exists" in ends[5]
         memory, descriptors, threads = zip(*seen[len(seen) // 5 :], strict=True)
-        assert len(set(descriptors)) == 1, descriptors
-        assert len(set(threads)) == 1, threads
-        tail = len(memory) // 4
-        growth = min(memory[-tail:]) - min(memory[:tail])
-        assert growth < GROWTH_BYTES, [size >> 10 for size in memory]
+        assert growth(descriptors) == 0, descriptors
+        assert growth(threads) == 0, threads
+        assert growth(memory) < GROWTH_BYTES, [size >> 10 for size in memory]
     assert_same(read("tp4", tmp_path / "one.last"), model())
     assert_same(read("hf", tmp_path / "four.last"), model())
     assert_same(read("meta4", tmp_path / "six.last"), model())
