@@ -16,7 +16,14 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed import HashStore, distributed_c10d  # type: ignore[attr-defined]  # not in the stubs
 
-from reshard.errors import ConfigError, PeerError, ReshardError, first_line, told
+from reshard.errors import (
+    ConfigError,
+    DisagreementError,
+    PeerError,
+    ReshardError,
+    first_line,
+    told,
+)
 from reshard.lastwords import end_with, report_failure
 from reshard.meeting import (
     LAUNCHER,
@@ -135,24 +142,44 @@ class Ranks:
     def trouble(self, error: BaseException) -> None:
         """Have an error of another thread end all ranks, even while this one's main thread waits.
 
-        Alone there is nobody to wait for: the main thread will come upon it.
+        Alone there is nobody to wait for: the main thread will come upon it. In a service the ranks
+        live on: they settle it when they meet.
         """
-        if self.world > 1:
+        if self.world > 1 and self._watcher.farewell is None:
             self._watcher.trouble(*told(error))
 
     def at_exit(self, cleanup: Callable[[], object]) -> None:
         """Call `cleanup` where this process is ended at once, from another thread."""
         self._watcher.cleanups.append(cleanup)
 
+    def settle(self, error: ReshardError | None = None) -> None:
+        """Wait for all ranks; an error that any of them has met is raised on all.
+
+        Of several errors it is the lowest rank's. Every place where ranks meet begins with this, so
+        that one that has failed meets the others, wherever they are, and no rank is left behind.
+        """
+        if self.world > 1:
+            flag = torch.tensor([error is not None], dtype=torch.uint8)
+            self._waiting(lambda: dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control))
+            if flag.item():
+                met = self._gathered(error)
+                first = next(rank for rank, caught in enumerate(met) if caught is not None)
+                error = error if first == self.rank else met[first]
+        if error is not None:
+            error.settled = True
+            raise error
+
     def barrier(self, name: str) -> None:
         """Wait for all ranks, in the phase `name`."""
         self.phase(name)
-        self._waiting(lambda: dist.barrier(group=self._control))
+        self.settle()
 
     def gather(self, value: T) -> list[T]:
         """What every rank gave, by rank; small picklable objects only."""
-        if self.world == 1:
-            return [value]
+        self.settle()
+        return self._gathered(value)
+
+    def _gathered(self, value: T) -> list[T]:
         found: list[T] = [value] * self.world
         self._waiting(lambda: dist.all_gather_object(found, value, group=self._control))
         return found
@@ -162,24 +189,23 @@ class Ranks:
         found = self.gather(digest)
         if len(set(found)) > 1:
             other = next(rank for rank, value in enumerate(found) if value != found[0])
-            raise PeerError(
+            raise DisagreementError(
                 f"rank {other} computed another {what} than rank 0; "
                 "do all ranks see the same files?"
             )
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do this rank's part of some checks; an error of any rank is raised on all ranks.
-
-        Of several errors it is the lowest rank's.
-        """
-        error: ReshardError | None = None
+        """Do this rank's part of some work; an error of any rank is raised on all ranks."""
         try:
             result = work()
-        except ReshardError as caught:
-            error = caught
-        errors = [caught for caught in self.gather(error) if caught is not None]
-        if errors:
-            raise errors[0]
+        except PeerError:
+            raise
+        except ReshardError as error:
+            if not error.settled:
+                self.trouble(error)  # the others may wait where they cannot be met
+                self.settle(error)
+            raise
+        self.settle()
         return result
 
     def all_to_all(
@@ -241,6 +267,10 @@ class Ranks:
             self._watcher.fail(message, code)
         except RuntimeError:  # of the store, which went with whoever kept it
             self._watcher.abandoned()
+
+    def endure(self, farewell: Callable[[], None]) -> None:
+        """From here on SIGTERM is a good end, to which this rank says `farewell`, not a failure."""
+        self._watcher.farewell = farewell
 
     def close(self) -> None:
         """Leave the job in good order."""

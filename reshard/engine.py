@@ -27,7 +27,7 @@ from reshard.buffers import (
 )
 from reshard.casts import Losses, narrows
 from reshard.checks import Check, checks_of
-from reshard.errors import ConfigError
+from reshard.errors import ConfigError, ReshardError
 from reshard.geometry import Region
 from reshard.journal import Journal, Record, Table
 from reshard.layout import StoredTensor
@@ -42,7 +42,10 @@ T = TypeVar("T")
 
 
 class Exchange(Protocol):
-    """What carries one flat message per peer and round."""
+    """What carries one flat message per peer and round, once all ranks are ready for it."""
+
+    def settle(self, error: ReshardError | None) -> None:
+        """Wait for all ranks; raise on all of them an error that one has met."""
 
     def all_to_all(
         self,
@@ -109,7 +112,7 @@ class Engine:
 
     `capacity` is the size of each buffer in bytes. `done` holds the runs that an earlier
     attempt has written and that are intact. `on_error` is told of an error in a thread of the
-    engine's when it happens; `run` raises it when it comes upon it.
+    engine's when it happens; `run` raises it at the next round, on all ranks that exchange.
     """
 
     def __init__(
@@ -150,19 +153,21 @@ class Engine:
         """Go through all rounds; `progress` is called with the bytes of blocks that are done."""
         rounds = self._plan.rounds(self._rank, self._capacity, ALIGN)
         with ThreadPoolExecutor(1, "reading") as reader, ThreadPoolExecutor(1, "writing") as writer:
-            number, written = 0, None
+            number, failed = 0, None
+            written = self._begin(writer, int)
             loading = self._begin(reader, self._load, rounds, self._reading[0])
             try:
-                while (current := loading.result()) is not None:
+                while (current := self._settled(loading, failed)) is not None:
                     number += 1
                     loading = self._begin(reader, self._load, rounds, self._reading[number % 2])
                     source, target = self._reading[(number - 1) % 2], self._writing[number % 2]
                     self._assemble(current, source, target)
-                    if written is not None:
+                    try:
                         progress(written.result())
+                    except ReshardError as error:
+                        failed = error
                     written = self._begin(writer, self._write, current, target)
-                if written is not None:
-                    progress(written.result())
+                progress(written.result())
             finally:
                 reader.shutdown(cancel_futures=True)
                 writer.shutdown(cancel_futures=True)
@@ -183,6 +188,21 @@ class Engine:
                 raise
 
         return thread.submit(told)
+
+    def _settled(self, loading: "Future[T]", failed: ReshardError | None) -> T:
+        """The next round, once all ranks that exchange have theirs and none has `failed`.
+
+        No rank may wait for messages of one that has left, so all leave at the same round.
+        """
+        try:
+            current = loading.result()
+        except ReshardError as error:
+            failed = failed or error
+        if self._exchange is not None:
+            self._exchange.settle(failed)
+        if failed is not None:
+            raise failed
+        return current
 
     # Stage 1: read.
 

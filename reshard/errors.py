@@ -25,9 +25,10 @@ def some(texts: Sequence[str], most: int = SHOWN) -> str:
 
 
 class ReshardError(Exception):
-    """Base of all errors that the program reports in one line."""
+    """Base of all errors that the program reports in one line; `settled`: all ranks raise it."""
 
     exit_code = 1
+    settled = False
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -65,6 +66,10 @@ class IncompleteError(ReshardError):
 
 class PeerError(ReshardError):
     """Another rank failed, died, or stopped making progress."""
+
+
+class DisagreementError(ReshardError):
+    """Ranks have not come to the same result, where each has to by itself."""
 
 
 class VerifyError(ReshardError):

@@ -42,6 +42,7 @@ class Finish:
             small = self._write_small_files(places, records, engine.fsync)
         if engine.verify:
             self._read_back({**records, **ranks.gather(small)[0]})
+        ranks.phase("publish")
         if ranks.rank == 0:
             self.workspace.publish(force=self.force, fsync=engine.fsync)
         ranks.barrier("published")

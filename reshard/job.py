@@ -132,12 +132,13 @@ class _Run:
         """Lay out the files, run the rounds, and compare what the source holds more than once."""
         ranks, workspace = self.ranks, self.workspace
         ranks.together(lambda: require_shared(workspace.data, ranks.rank))
-        written = commit.lay_out(workspace.data, self.plan.target, places, self._own_files())
-        attempt = journal.next_attempt(workspace.journals)
+        written = ranks.together(
+            lambda: commit.lay_out(workspace.data, self.plan.target, places, self._own_files())
+        )
+        attempt = ranks.together(lambda: journal.next_attempt(workspace.journals))
         done = self._resume() if state is State.RESUMED else Table.empty()
         ranks.barrier("files laid out")
-        with Journal(workspace.journals, attempt, ranks.rank) as records:
-            counters, checks, losses = self._run_rounds(places, records, done)
+        counters, checks, losses = ranks.together(lambda: self._run_rounds(places, attempt, done))
         counters.written += written
         ranks.barrier("moved")
         lost = summary(found for part in ranks.gather(losses) for found in part)
@@ -147,34 +148,35 @@ class _Run:
         return counters, warnings
 
     def _run_rounds(
-        self, places: commit.TargetPlaces, records: Journal, done: Table
+        self, places: commit.TargetPlaces, attempt: int, done: Table
     ) -> tuple[Counters, list[Check], tuple[Losses, ...]]:
         """Run this rank's rounds, and bring what it wrote to the disk of the machine it runs on."""
         ranks = self.ranks
-        reading = Files(self.scan.root, os.O_RDONLY)
-        writing = Files(self.workspace.data, os.O_WRONLY)
         crossing = ranks.world > 1 and self.plan.exchange == "collective"
-        engine = Engine(
-            self.plan,
-            ranks.rank,
-            capacity=self.capacity,
-            source=(reading, commit.SourcePlaces(self.scan.root, self.scan.layout.container)),
-            target=(writing, places),
-            exchange=ranks if crossing else None,
-            journal=records,
-            done=done,
-            pinned=ranks.cuda,
-            on_error=ranks.trouble,
-        )
-        ranks.phase("move")
-        with Progress(self._share(), ranks.rank == 0, ranks.step) as progress:
-            engine.run(progress.add)
-        if self.prepared.config.engine.fsync:
-            # A sync elsewhere need not reach what this machine still holds back.
-            writing.sync(ranks.step)
-            records.sync()
-        reading.close()
-        writing.close()
+        with (
+            contextlib.closing(Files(self.scan.root, os.O_RDONLY)) as reading,
+            contextlib.closing(Files(self.workspace.data, os.O_WRONLY)) as writing,
+            Journal(self.workspace.journals, attempt, ranks.rank) as records,
+        ):
+            engine = Engine(
+                self.plan,
+                ranks.rank,
+                capacity=self.capacity,
+                source=(reading, commit.SourcePlaces(self.scan.root, self.scan.layout.container)),
+                target=(writing, places),
+                exchange=ranks if crossing else None,
+                journal=records,
+                done=done,
+                pinned=ranks.cuda,
+                on_error=ranks.trouble,
+            )
+            ranks.phase("move")
+            with Progress(self._share(), ranks.rank == 0, ranks.step) as progress:
+                engine.run(progress.add)
+            if self.prepared.config.engine.fsync:
+                # A sync elsewhere need not reach what this machine still holds back.
+                writing.sync(ranks.step)
+                records.sync()
         return engine.counters, engine.checks, engine.losses
 
     def _share(self) -> int:

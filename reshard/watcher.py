@@ -75,7 +75,8 @@ class Watcher(threading.Thread):
     It takes SIGTERM over, which launchers send to the survivors of a rank that died: the handler of
     a thread that waits in a collective call would never run, so the signal wakes this thread.
     `resumable` says that work is under way that the same command would go on with; `cleanups` are
-    called before this process ends at once; `remember` by the rank whose refusal ends all.
+    called before this process ends at once; `remember` by the rank whose refusal ends all. Where
+    there is a `farewell`, SIGTERM is no failure: every rank calls it, and ends with 0.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Watcher(threading.Thread):
         self._store, self._place, self._timeout, self._remember = store, place, timeout, remember
         self._rank, self._world = place.rank, place.world
         self.resumable = False
+        self.farewell: Callable[[], None] | None = None
         self.cleanups: list[Callable[[], object]] = []
         self._alarm, self._bell = os.pipe()
         os.set_blocking(self._bell, False)
@@ -143,6 +145,8 @@ class Watcher(threading.Thread):
         stopped = signal.SIGTERM in signals
         keeper = "rank 0" if self._place.launcher is None else "the launcher"
         what = "stopped by SIGTERM" if stopped else f"{keeper} is gone, so the job ends"
+        if stopped and self.farewell is not None:
+            self.leave(0)
         if self._place.speaks:
             report_failure(self.line(f"{what}, in phase `{self.activity.phase}`", 1))
         self.leave(128 + signal.SIGTERM if stopped else 1)
@@ -204,6 +208,10 @@ class Watcher(threading.Thread):
             silent = {rank for rank in silent if now[rank].beat == first[rank].beat}
         for rank in sorted(silent):
             self._mourn(rank, first[rank])
+        if self.farewell is not None:
+            if self._store.add("claims", 1) == 1:
+                self._store.set("failed", json.dumps(0))
+            self.leave(0)
         phase = self.activity.phase
         self.fail(f"stopped by SIGTERM, in phase `{phase}`", 128 + signal.SIGTERM)
 
@@ -269,7 +277,8 @@ class Watcher(threading.Thread):
 
     def leave(self, code: int) -> None:
         """End this process at once, whatever its other threads wait for."""
-        for cleanup in self.cleanups:
+        goodbyes = [self.farewell] if code == 0 and self.farewell is not None else []
+        for cleanup in (*goodbyes, *self.cleanups):
             with contextlib.suppress(Exception):
                 cleanup()
         within_a_second(sys.stdout.flush)
