@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 PEERS := .venv-peers
+CHROMIUM ?= chromium
+# The page down to its bars.
+PICTURE_HEIGHT := 1530
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz real titan goldens llamacpp soak clean
+.PHONY: help demo test check fuzz real titan goldens llamacpp soak slurm-test picture clean
 
 help:
 	@echo 'make demo    reshard a tiny seeded Llama from 8 Meta files to Nanotron TP=4, on 8 ranks'
@@ -20,7 +23,9 @@ help:
 	@echo 'make real    reshard and load with the real libraries (transformers, gguf)'
 	@echo "make titan   TorchTitan's own model and adapter read what we write (an environment of 2 GB)"
 	@echo "make goldens configs and prompts by transformers' own converter (an environment of 1 GB)"
+	@echo 'make slurm-test  a real Slurm of two nodes runs the files of slurm/ (root, six minutes)'
 	@echo 'make llamacpp  llama.cpp reads our GGUF files: same ids, same text (built in 15 minutes)'
+	@echo 'make picture   the picture of a plan in docs/, as the README shows it (needs Chromium)'
 	@echo 'make clean   delete the environment, caches and the demo'
 	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS=$(PIP_FLAGS)'
 
@@ -54,6 +59,22 @@ goldens: $(PEERS)/.made
 
 llamacpp: $(VENV)/.real
 	@PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(PYTHON) PIP_FLAGS='$(PIP_FLAGS)' tests/real/llamacpp.sh
+
+# A page that Chromium draws; it refuses to run as root in its sandbox.
+picture: $(VENV)/.run
+	@mkdir -p docs
+	@$(BIN)/python -m reshard plan --src meta8 --dst tp4 src.model=llama3-70b --world 8 --html docs/plan.html > /dev/null
+	@if command -v $(CHROMIUM) > /dev/null; then \
+	    $(CHROMIUM) --headless --disable-gpu --hide-scrollbars --blink-settings=preferredColorScheme=1 \
+	        $(if $(filter 0,$(shell id -u)),--no-sandbox) --window-size=1400,$(PICTURE_HEIGHT) \
+	        --screenshot=docs/plan.png 'file://$(abspath docs/plan.html)' 2> /dev/null \
+	    && echo 'docs/plan.html and docs/plan.png are made'; \
+	else \
+	    echo 'docs/plan.html is made; docs/plan.png needs Chromium, and `$(CHROMIUM)` is not there (CHROMIUM=...)'; \
+	fi
+
+slurm-test: $(VENV)/.dev
+	@PATH="$(abspath $(BIN)):$$PATH" tests/slurm/run.sh
 
 clean:
 	rm -rf $(VENV) .venv-titan .venv-llamacpp $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info reshard-demo

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Starts reshard on this machine.
 set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/common.bash
+source "$HERE/common.bash"
 
 usage() {
     cat <<'TEXT'
@@ -13,20 +16,6 @@ Starts reshard with ARGS on NPROC ranks of this machine.
 TEXT
 }
 
-gpus() {
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true
-    elif command -v nvidia-smi >/dev/null; then
-        nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
-    else
-        echo 0
-    fi
-}
-
-cores() {
-    nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
-}
-
 dry_run=
 case ${1-} in
     -h | --help) usage; exit 0 ;;
@@ -37,18 +26,8 @@ if [[ ${1-} =~ ^[1-9][0-9]*$ ]]; then
     ranks=$1
     shift
 else
-    ranks=$(gpus)
-    if ((ranks == 0)); then
-        ranks=$(cores)
-        ranks=$((ranks < 8 ? ranks : 8))
-    fi
+    ranks=$(default_ranks)
 fi
 (($#)) || set -- --src meta8 --dst tp4
 
-command=("$(dirname "${BASH_SOURCE[0]}")/torchrun" --nproc "$ranks" -m reshard "$@")
-if [[ $dry_run ]]; then
-    printf '%q ' "${command[@]}"
-    echo
-else
-    exec "${command[@]}"
-fi
+run_or_print "$dry_run" "$HERE/torchrun" --nproc "$ranks" -m reshard "$@"

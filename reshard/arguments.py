@@ -1,14 +1,18 @@
 """The words of the command line: verbs, flags, and what `--help` says of them."""
 
 import argparse
+from collections.abc import Sequence
 
 from reshard.errors import ConfigError
 
+LOGS = ("log_dir", "verbose", "quiet", "debug")
 FLAGS = {
-    "run": ("src", "dst", "config", "report", "force", "debug"),
-    "plan": ("src", "dst", "config", "world", "debug"),
+    "run": ("src", "dst", "config", "report", "html", "force", *LOGS),
+    "plan": ("src", "dst", "config", "world", "html", "debug"),
     "inspect": ("json", "checksums", "debug"),
-    "verify": ("cast", "load", "debug"),
+    "verify": ("cast", "load", *LOGS),
+    "fit": ("src", "gpus", "context", "batch", "json", "debug"),
+    "serve": ("jobs", "watch", "src", "dst", "poll", "once", *LOGS),
 }
 VERBS = tuple(FLAGS)
 DESCRIPTION = """\
@@ -17,11 +21,13 @@ and GGUF, bit for bit, in bounded memory.
 
   torchrun --nproc-per-node 8 -m reshard --src meta8 --dst tp4 src.path=DIR dst.path=DIR
   torchrun --nproc-per-node 2 -m reshard --src dcp --dst hf src.path=DIR src.assets=DIR dst.path=DIR
-  python -m reshard plan --src meta8 --dst tp4 src.model=llama3-70b --world 8
+  python -m reshard fit --src DIR --gpus 10xL40  what to type for these GPUs (fit --help)
+  python -m reshard plan --src meta8 --dst tp4 src.model=llama3-70b --world 8 [--html FILE]
   python -m reshard inspect DIR
   python -m reshard verify DIR [--load]          every byte against reshard.json; --load: opened
                                                  with torch, safetensors, transformers or gguf too
   python -m reshard verify A B [--cast]          the same values; --cast: after B's dtype
+  torchrun ... -m reshard serve --jobs DIR       job after job from a directory (serve --help)
 
 SPEC is a topology (meta8, tp4, tp4pp2, hf, fsdp8, titan8, gguf, or one of the kind with other
 numbers; dcp for a source that is fsdp or titan), a YAML file, or a source's directory.
@@ -60,6 +66,38 @@ A target is absent or complete, whatever ends a job; TorchTitan's is dst.path/st
 
 exit codes: 0 done or already done; 1 failed, or a difference was found; 2 refused; 130, 143 stopped
 """
+FIT = """\
+Says which layouts a model fits on some GPUs, for which use, best first, and the commands to run.
+
+  python -m reshard fit --src /ckpt/Llama-3.3-70B --gpus 10xL40
+  python -m reshard fit --src hf src.model=llama3-70b --gpus 2x8xH100 --context 32768 --batch 8
+
+--gpus is a number and a name (10xL40), a number and a size (10x48GiB), or nodes before both
+(2x8xH100). SPEC is the checkpoint's directory, or a topology with src.model=NAME where there is
+none yet. Nothing is read but headers.
+"""
+SERVE = """\
+One process group that does job after job, so that starting is paid once.
+
+  launch/torchrun --nproc 8 --max-restarts 100 -m reshard serve --jobs DIR
+  mv job.yaml DIR/queued/                        whenever there is one: what --config takes
+
+  queued/ -> running/ -> done/ or failed/        NAME.yaml goes this way, in the order of names;
+                                                 NAME.json beside it is the report, or the error
+  status.json                                    what the service does, and when it last said so
+
+A job that fails ends only itself. SIGTERM ends the service with 0 within a second or two; the job
+under way stays in running/ and the next start goes on with it, as after a kill. Several services
+may share a directory. KEY=VALUE below engine is for all jobs; engine.backend and engine.timeout are
+the service's own.
+
+  ... serve --jobs DIR --watch RUN --dst hf src.assets=DIR dst.path=OUT
+
+also makes a job of each checkpoint that is complete below the folder of a training run (DCP with
+.metadata, Nanotron's steps up to latest.txt, Hugging Face with all its files), once; its target is
+OUT/<the checkpoint's name>. DIR/watched.json lists them.
+"""
+HELP = {"fit": FIT, "serve": SERVE}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,40 +107,54 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Flags of all verbs; FLAGS says which belong to which."""
+def verb_of(words: Sequence[str]) -> str | None:
+    """The first of some words that is a verb."""
+    return next((word for word in words if word in VERBS), None)
+
+
+def parser(verb: str | None) -> argparse.ArgumentParser:
+    """Flags of all verbs, of which `--help` shows those that belong to what it tells."""
     made = _Parser(
         prog="reshard",
-        description=DESCRIPTION,
+        description=HELP.get(verb or "", DESCRIPTION),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    verbs = (verb,) if verb in HELP else [name for name in VERBS if name not in HELP]
+    shown = {flag for name in verbs for flag in FLAGS[name]}
+
+    def flag(name: str, text: str, *short: str, **options: object) -> None:
+        place = name.removeprefix("--").replace("-", "_")
+        told = text if place in shown else argparse.SUPPRESS
+        made.add_argument(*short, name, help=told, **options)  # type: ignore[arg-type]
+
     made.add_argument(
         "words",
         nargs="*",
         metavar="[VERB] [PATH ...] [KEY=VALUE ...]",
-        help="run (implied), plan, inspect, verify",
+        help=f"run (implied), {', '.join(VERBS[1:])}",
     )
-    made.add_argument("--src", metavar="SPEC", help="the source's topology, or its directory")
-    made.add_argument("--dst", metavar="SPEC", help="the target's topology")
-    made.add_argument(
-        "--config", metavar="FILE", help="a YAML file with the keys src, dst and engine"
-    )
-    made.add_argument("--world", metavar="N", type=int, help="plan: for how many ranks (1)")
-    made.add_argument("--report", metavar="FILE", help="run: write the figures as JSON")
-    made.add_argument("--json", action="store_true", help="inspect: as JSON")
-    made.add_argument(
-        "--checksums", action="store_true", help="inspect: run the directory's checklist.chk"
-    )
-    made.add_argument(
-        "--cast", action="store_true", help="verify A B: compare A's values after B's dtype"
-    )
-    made.add_argument(
-        "--load", action="store_true", help="verify DIR: open it with its format's own library too"
-    )
-    made.add_argument(
-        "--force", action="store_true", help="run: replace or discard what is in the way"
-    )
-    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    flag("--src", "the source's topology, or its directory", metavar="SPEC")
+    flag("--dst", "the target's topology", metavar="SPEC")
+    flag("--config", "a YAML file with the keys src, dst and engine", metavar="FILE")
+    flag("--world", "plan: for how many ranks (1)", metavar="N", type=int)
+    flag("--report", "run: write the figures as JSON", metavar="FILE")
+    flag("--html", "run, plan: write a page with pictures of the plan", metavar="FILE")
+    flag("--json", "inspect, fit: as JSON", action="store_true")
+    flag("--checksums", "inspect: run the directory's checklist.chk", action="store_true")
+    flag("--cast", "verify A B: compare A's values after B's dtype", action="store_true")
+    flag("--load", "verify DIR: open it with its format's own library", action="store_true")
+    flag("--force", "run: replace or discard what is in the way", action="store_true")
+    flag("--gpus", "fit: 4xH100, 10x48GiB or 2x8xH100", metavar="GPUS")
+    flag("--context", "fit: tokens of a sequence (the model's)", metavar="N", type=int)
+    flag("--batch", "fit: sequences at a time (1)", metavar="N", type=int)
+    flag("--jobs", "serve: the directory of the queue", metavar="DIR")
+    flag("--watch", "serve: the folder of a training run", metavar="DIR")
+    flag("--poll", "serve: seconds between looks (2)", metavar="SECONDS", type=float)
+    flag("--once", "serve: end when the queue is empty", action="store_true")
+    flag("--log-dir", "a log file for each rank, with tracebacks", metavar="DIR")
+    flag("--verbose", "say what is done, and when", "-v", action="store_true")
+    flag("--quiet", "only warnings and errors", "-q", action="store_true")
+    flag("--debug", "show tracebacks", action="store_true")
     return made
 
 
@@ -111,7 +163,10 @@ def check_flags(arguments: argparse.Namespace, verb: str) -> None:
     for flag, value in vars(arguments).items():
         given = value is not None and value is not False and flag != "words"
         if given and flag not in FLAGS[verb]:
-            known = [other for other in VERBS if flag in FLAGS[other]]
+            *others, last = [other for other in VERBS if flag in FLAGS[other]]
+            known = f"{', '.join(others)} and {last}" if others else last
             raise ConfigError(
-                f"`--{flag}` does not apply to `{verb}`; it is for {' and '.join(known)}"
+                f"`--{flag.replace('_', '-')}` does not apply to `{verb}`; it is for {known}"
             )
+    if arguments.quiet and arguments.verbose:
+        raise ConfigError("--quiet and --verbose: give one of them")

@@ -1,31 +1,25 @@
 """The command line: parse, call, print."""
 
 import argparse
-import json
 import os
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from reshard import config as configuration
-from reshard import inspect as inspection
-from reshard import job, loading, report, verify
-from reshard.arguments import VERBS, check_flags, parser
-from reshard.buffers import ALIGN
-from reshard.compare import against_other
-from reshard.demo import Demo
+from reshard import logs
+from reshard.arguments import VERBS, check_flags, parser, verb_of
 from reshard.distributed import Ranks, end_with_launcher
-from reshard.engine import least_memory
 from reshard.errors import ConfigError, PeerError, told
-from reshard.formats.common import MANIFEST
 from reshard.lastwords import report_failure
+from reshard.logs import LOG
 from reshard.meeting import launched_rank, launcher_lives, refused_before, remember_refusal
-from reshard.prepare import prepare
 from reshard.smallfiles import discard_scratch
-from reshard.storage import explained
 from reshard.topologies import near
+from reshard.verbs import VERBS as WORK
+from reshard.verbs import Command
 
 ELSEWHERE_SECONDS = 4.5
 TURN_SECONDS, MAX_TURN = 0.5, 10
@@ -46,15 +40,16 @@ def main(argv: Sequence[str]) -> int:
     try:
         if refused_before():
             return 2
-        arguments = parser().parse_intermixed_args(argv)
-        return _dispatch(arguments, ranks)
+        return _dispatch(argv, ranks)
     except (Exception, KeyboardInterrupt) as error:
+        LOG.info("ended by an error", exc_info=error)
         if "--debug" in argv:
             traceback.print_exc()
         message, code = told(error)
         return _failed(message, code, ranks, secondary=isinstance(error, PeerError))
     finally:
         discard_scratch()
+        logs.close()
 
 
 def _failed(message: str, code: int, ranks: Sequence[Ranks], *, secondary: bool) -> int:
@@ -74,132 +69,62 @@ def _failed(message: str, code: int, ranks: Sequence[Ranks], *, secondary: bool)
     return code
 
 
-def _dispatch(arguments: argparse.Namespace, ranks: list[Ranks]) -> int:
+def _dispatch(argv: Sequence[str], ranks: list[Ranks]) -> int:
     """Sort words into a verb, paths and KEY=VALUE items, and call the verb."""
-    words = list(arguments.words)
+    flags = parser(verb_of(argv)).parse_intermixed_args(argv)
+    words = list(flags.words)
     verb = words.pop(0) if words and words[0] in VERBS else "run"
-    check_flags(arguments, verb)
-    overrides = [word for word in words if "=" in word]
+    check_flags(flags, verb)
     paths = [word for word in words if "=" not in word]
-    if verb in ("run", "plan") and paths:
+    if verb not in ("inspect", "verify") and paths:
         raise ConfigError(f"`{paths[0]}` is neither a verb nor KEY=VALUE: {near(paths[0], VERBS)}")
-    if verb == "inspect":
-        return _inspect(arguments, paths, overrides)
-    if verb == "verify":
-        return _verify(arguments, paths, overrides, ranks)
-    config = configuration.load(arguments.src, arguments.dst, overrides, arguments.config)
-    return _plan(arguments, config) if verb == "plan" else _run(arguments, config, ranks)
+    _set_up_logs(flags)
+    terminal = _Terminal(flags, ranks)
+    overrides = [word for word in words if "=" in word]
+    typed = shlex.join(["python", "-m", "reshard", *argv])
+    return WORK[verb](
+        Command(flags, paths, overrides, typed, terminal.meet, terminal.say, terminal.tell)
+    )
 
 
-def _say(lines: Sequence[str]) -> None:
-    """Print at once; a reader that is gone (`| head`), or a full disk below it, ends no job."""
-    try:
-        print("\n".join(lines), flush=True)
-    except OSError:
-        # What is buffered would fail once more when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _set_up_logs(flags: argparse.Namespace) -> None:
+    """Begin what the flags ask for."""
+    if flags.log_dir is not None:
+        logs.keep(Path(flags.log_dir), launched_rank())
+    if flags.verbose and launched_rank() == 0:
+        logs.show_details()
+    if flags.quiet:
+        logs.hide_progress()
 
 
-def _start(config: configuration.JobConfig, ranks: list[Ranks]) -> Ranks:
-    """Meet the other ranks."""
-    met = Ranks(config.engine.backend, config.engine.timeout)
-    ranks.append(met)
-    met.at_exit(discard_scratch)
-    if met.remark and met.rank == 0:
-        _say([met.remark])
-    return met
+class _Terminal:
+    """What is printed, by the first rank alone."""
 
+    def __init__(self, flags: argparse.Namespace, ranks: list[Ranks]) -> None:
+        self._flags, self._ranks = flags, ranks
 
-def _run(arguments: argparse.Namespace, config: configuration.JobConfig, ranks: list[Ranks]) -> int:
-    """Reshard; without any path, the demo."""
-    met = _start(config, ranks)
-    report_file = Path(arguments.report) if arguments.report is not None else None
-    if report_file is not None:
-        met.together(lambda: _check_writable(report_file) if met.rank == 0 else None)
+    def meet(self, backend: str, timeout: float) -> Ranks:
+        """Meet the other ranks; how errors end depends on it."""
+        met = Ranks(backend, timeout)
+        self._ranks.append(met)
+        met.at_exit(discard_scratch)
+        if met.remark:
+            self.tell(met.remark)
+        return met
 
-    def say(line: str) -> None:
-        if met.rank == 0:
-            _say([line])
+    def say(self, lines: Sequence[str]) -> None:
+        """Print at once; a reader that is gone (`| head`), or a full disk below it, ends no job."""
+        for line in lines:
+            LOG.info(line)
+        if launched_rank() != 0:
+            return
+        try:
+            print("\n".join(lines), flush=True)
+        except OSError:
+            # What is buffered would fail once more when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    if config.source.path is None and config.target.path is None:
-        demo = Demo(config, Path("reshard-demo"))
-        say(demo.first_line())
-        config = demo.make_source(met)
-    figures = job.run(config, met, force=arguments.force, say=say)
-    if met.rank == 0 and report_file is not None:
-        with explained("write", report_file):
-            report_file.write_text(figures.to_json(), encoding="utf-8")
-    if figures.state != "done":
-        say(figures.readiness.line())
-    say(figures.last_line())
-    met.barrier("done")
-    met.close()
-    return 0
-
-
-def _check_writable(file: Path) -> None:
-    """Refuse a report that could not be written, before a job of hours; nothing is made."""
-    if file.is_dir():
-        raise ConfigError(f"--report: `{file}` is a directory; name a file")
-    if not file.parent.is_dir():
-        raise ConfigError(f"--report: `{file}`: its directory does not exist; make it first")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigError(f"--report: `{file}` cannot be written: permission denied")
-
-
-def _plan(arguments: argparse.Namespace, config: configuration.JobConfig) -> int:
-    """Print what would happen."""
-    if launched_rank() != 0:
-        return 0
-    world = arguments.world if arguments.world is not None else 1
-    if world < 1:
-        raise ConfigError(f"--world: {world} is not a number of ranks")
-    prepared = prepare(config)
-    plan = prepared.plan(world)
-    least = least_memory(plan, plan.least_capacity(ALIGN))
-    _say(report.plan_lines(prepared, plan, config.engine.memory, least))
-    return 0
-
-
-def _inspect(arguments: argparse.Namespace, paths: Sequence[str], overrides: Sequence[str]) -> int:
-    """Print what a directory holds."""
-    options = configuration.load(None, None, overrides, None).source.options
-    if len(paths) != 1:
-        raise ConfigError("inspect: give one directory")
-    if launched_rank() != 0:
-        return 0
-    found = inspection.inspect(Path(paths[0]), options, checksums=arguments.checksums)
-    _say([json.dumps(found.to_json(), indent=2)] if arguments.json else found.lines())
-    return 1 if found.problems else 0
-
-
-def _verify(
-    arguments: argparse.Namespace,
-    paths: Sequence[str],
-    overrides: Sequence[str],
-    ranks: list[Ranks],
-) -> int:
-    """Compare two checkpoints, or one with its manifest, or open one with its target's library."""
-    config = configuration.load(None, None, overrides, None)
-    if len(paths) not in (1, 2):
-        raise ConfigError("verify: give a directory, or two")
-    if arguments.cast and len(paths) == 1:
-        raise ConfigError("verify --cast: compares two directories; give the other one too")
-    if arguments.load and len(paths) == 2:
-        raise ConfigError("verify --load: opens one directory; give each to a command of its own")
-    met, options = _start(config, ranks), config.source.options
-    one, lines = Path(paths[0]), []
-    if len(paths) == 2:
-        memory = config.engine.memory
-        lines = against_other(one, Path(paths[1]), options, memory, met, cast=arguments.cast)
-    elif arguments.load and not verify.has_manifest(one):
-        lines = [f"no {MANIFEST} in {one}: its bytes are not compared with anything"]
-    else:
-        lines = verify.against_manifest(one, met)
-    if arguments.load:
-        lines += loading.load(one, options, met)
-    if met.rank == 0:
-        _say(lines)
-    met.barrier("done")
-    met.close()
-    return 0
+    def tell(self, line: str) -> None:
+        """Print a line that a quiet command leaves out, if it is no warning."""
+        if not self._flags.quiet or line.startswith("warning:"):
+            self.say([line])

@@ -111,8 +111,19 @@ def parse_size(text: str, key: str) -> int:
 
 def load(src: str | None, dst: str | None, overrides: Sequence[str], file: str | None) -> JobConfig:
     """Merge topologies, job file and overrides, in this order, and check all of it."""
+    return of_tree(tree_of(src, dst, overrides, file))
+
+
+def tree_of(
+    src: str | None, dst: str | None, overrides: Sequence[str], file: str | None
+) -> dict[str, Json]:
+    """What a user has given in all, as a job file would have it."""
     tree = yamltext.read(Path(file)) if file else {}
-    given = _merge([tree, _dotlist(overrides), _topologies(src, dst)], "configuration")
+    return merged([tree, _dotlist(overrides), _topologies(src, dst)])
+
+
+def of_tree(given: Mapping[str, Json]) -> JobConfig:
+    """The job that a tree describes, laid over the topologies that it names; all of it checked."""
     sides = {}
     for name in ("src", "dst"):
         side = given.get(name)
@@ -145,10 +156,11 @@ def _dotlist(overrides: Sequence[str]) -> dict[str, Json]:
     return container(typed, "command line")
 
 
-def _merge(trees: Sequence[Mapping[str, Json]], name: str) -> dict[str, Json]:
-    with readable(name):
-        merged = OmegaConf.merge(*(OmegaConf.create(dict(tree)) for tree in trees))
-        return container(merged, name)
+def merged(trees: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
+    """Several trees in one; what a later one has counts."""
+    with readable("configuration"):
+        both = OmegaConf.merge(*(OmegaConf.create(dict(tree)) for tree in trees))
+        return container(both, "configuration")
 
 
 def _typed(trees: Sequence[Mapping[str, Json]]) -> Schema:

@@ -25,6 +25,7 @@ from reshard.errors import (
     told,
 )
 from reshard.lastwords import end_with, report_failure
+from reshard.logs import LOG
 from reshard.meeting import (
     LAUNCHER,
     first_here,
@@ -126,9 +127,16 @@ class Ranks:
         """Whether bytes cross between GPUs."""
         return self.device.type == "cuda"
 
+    @property
+    def activity(self) -> Activity:
+        """What this rank says of itself."""
+        return self._watcher.activity
+
     def phase(self, name: str) -> None:
         """Say what this rank does from here on."""
         self.step()
+        if name != self.activity.phase:
+            LOG.debug("phase %s", name)
         self._watcher.enter(name)
 
     def step(self) -> None:
@@ -202,7 +210,6 @@ class Ranks:
             raise
         except ReshardError as error:
             if not error.settled:
-                self.trouble(error)  # the others may wait where they cannot be met
                 self.settle(error)
             raise
         self.settle()

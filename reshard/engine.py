@@ -27,7 +27,7 @@ from reshard.buffers import (
 )
 from reshard.casts import Losses, narrows
 from reshard.checks import Check, checks_of
-from reshard.errors import ConfigError, ReshardError
+from reshard.errors import ConfigError
 from reshard.geometry import Region
 from reshard.journal import Journal, Record, Table
 from reshard.layout import StoredTensor
@@ -44,7 +44,7 @@ T = TypeVar("T")
 class Exchange(Protocol):
     """What carries one flat message per peer and round, once all ranks are ready for it."""
 
-    def settle(self, error: ReshardError | None) -> None:
+    def settle(self) -> None:
         """Wait for all ranks; raise on all of them an error that one has met."""
 
     def all_to_all(
@@ -94,6 +94,11 @@ def least_memory(plan: Plan, least_capacity: int) -> int:
     return -(-(RESERVED_BYTES + buffers_of(plan) * least_capacity) >> 20) << 20
 
 
+def planned_memory(memory: int, plan: Plan) -> int:
+    """What of `memory` a rank takes, in bytes."""
+    return RESERVED_BYTES + buffers_of(plan) * round_bytes(memory, plan)
+
+
 def round_bytes(memory: int, plan: Plan) -> int:
     """Bytes of `memory` that each buffer gets; too little is refused with the least that works."""
     least = plan.least_capacity(ALIGN)
@@ -112,7 +117,7 @@ class Engine:
 
     `capacity` is the size of each buffer in bytes. `done` holds the runs that an earlier
     attempt has written and that are intact. `on_error` is told of an error in a thread of the
-    engine's when it happens; `run` raises it at the next round, on all ranks that exchange.
+    engine's when it happens; `run` raises it when it comes upon it.
     """
 
     def __init__(
@@ -153,21 +158,19 @@ class Engine:
         """Go through all rounds; `progress` is called with the bytes of blocks that are done."""
         rounds = self._plan.rounds(self._rank, self._capacity, ALIGN)
         with ThreadPoolExecutor(1, "reading") as reader, ThreadPoolExecutor(1, "writing") as writer:
-            number, failed = 0, None
-            written = self._begin(writer, int)
+            number, written = 0, None
             loading = self._begin(reader, self._load, rounds, self._reading[0])
             try:
-                while (current := self._settled(loading, failed)) is not None:
+                while (current := loading.result()) is not None:
                     number += 1
                     loading = self._begin(reader, self._load, rounds, self._reading[number % 2])
                     source, target = self._reading[(number - 1) % 2], self._writing[number % 2]
                     self._assemble(current, source, target)
-                    try:
+                    if written is not None:
                         progress(written.result())
-                    except ReshardError as error:
-                        failed = error
                     written = self._begin(writer, self._write, current, target)
-                progress(written.result())
+                if written is not None:
+                    progress(written.result())
             finally:
                 reader.shutdown(cancel_futures=True)
                 writer.shutdown(cancel_futures=True)
@@ -188,21 +191,6 @@ class Engine:
                 raise
 
         return thread.submit(told)
-
-    def _settled(self, loading: "Future[T]", failed: ReshardError | None) -> T:
-        """The next round, once all ranks that exchange have theirs and none has `failed`.
-
-        No rank may wait for messages of one that has left, so all leave at the same round.
-        """
-        try:
-            current = loading.result()
-        except ReshardError as error:
-            failed = failed or error
-        if self._exchange is not None:
-            self._exchange.settle(failed)
-        if failed is not None:
-            raise failed
-        return current
 
     # Stage 1: read.
 
@@ -288,6 +276,8 @@ class Engine:
             for part in current.parts(place, 0):
                 for copy in copies(part.packed, plain(message.region), message.region):
                     copy.run(source.view(part.stored.dtype), part.element(), there, first)
+        # Nobody waits for the messages of a rank that has failed: it meets the others here.
+        self._exchange.settle()
         self._exchange.all_to_all(
             self._received.bytes[: sum(received_bytes)],
             self._sent.bytes[: sum(sent_bytes)],

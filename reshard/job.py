@@ -11,20 +11,24 @@ from reshard import commit, journal
 from reshard.casts import Losses, summary
 from reshard.checks import Check
 from reshard.config import JobConfig
+from reshard.dealing import files_of
 from reshard.distributed import Ranks
 from reshard.engine import Counters, Engine, round_bytes
-from reshard.errors import CheckpointError, ConfigError, StorageError
+from reshard.errors import CheckpointError, ConfigError, ReshardError, StorageError
 from reshard.finish import Finish, library_versions
 from reshard.formats import common
 from reshard.formats.options import Scan
 from reshard.geometry import whole
 from reshard.journal import Journal, Record, Table
+from reshard.logs import LOG
 from reshard.plan import Plan
 from reshard.prepare import Prepared, job_digest, prepare, source_states
 from reshard.progress import Progress
 from reshard.replicas import compare
 from reshard.report import Figures, Report, memory_of
 from reshard.storage import Files, allocated_bytes, crc32_of, forget, require_space
+from reshard.units import size_text
+from reshard.view import through, within
 from reshard.workspace import State, Workspace, require_apart, require_shared
 
 
@@ -33,14 +37,24 @@ def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], No
     begun, import_rss = time.monotonic(), memory_of("VmRSS")
     ranks.phase("plan")
     prepared = prepare(config, ranks)
+    with through(prepared.view):
+        return _under_way(prepared, ranks, say, begun, import_rss).go(force=force)
+
+
+def _under_way(
+    prepared: Prepared, ranks: Ranks, say: Callable[[str], None], begun: float, import_rss: int
+) -> "_Run":
+    """A job that all ranks agree on, and that only has to be done."""
+    config = prepared.config
     if config.target.path is None:
         raise ConfigError("dst.path: where to? give dst.path=DIR")
     scan = prepared.scan
     if scan is None:
         raise ConfigError("src.path: which checkpoint? give src.path=DIR")
     workspace = Workspace.of(config.target.path, prepared.target_format.FOLDER)
-    require_apart(scan.root, workspace.target)
-    ranks.together(lambda: common.check_headers(scan, scan.layout.files[ranks.rank :: ranks.world]))
+    require_apart(prepared.root(scan), workspace.target)
+    files = files_of(ranks.rank, ranks.world, scan.layout.files, prepared.local)
+    ranks.together(within(prepared.view, lambda: common.check_headers(scan, files)))
     plan = prepared.plan(ranks.world)
     capacity = ranks.together(lambda: round_bytes(config.engine.memory, plan))
     states = tuple(source_states(scan))
@@ -61,7 +75,7 @@ def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], No
         say,
         begun,
         import_rss,
-    ).go(force=force)
+    )
 
 
 @dataclass
@@ -168,16 +182,27 @@ class _Run:
                 journal=records,
                 done=done,
                 pinned=ranks.cuda,
-                on_error=ranks.trouble,
+                on_error=self._trouble,
             )
             ranks.phase("move")
             with Progress(self._share(), ranks.rank == 0, ranks.step) as progress:
-                engine.run(progress.add)
+                try:
+                    engine.run(progress.add)
+                except Exception as error:  # others may wait for messages, where none meets them
+                    self._trouble(error)
+                    raise
             if self.prepared.config.engine.fsync:
                 # A sync elsewhere need not reach what this machine still holds back.
                 writing.sync(ranks.step)
                 records.sync()
         return engine.counters, engine.checks, engine.losses
+
+    def _trouble(self, error: BaseException) -> None:
+        """Tell of an error while this rank may wait for others; paths as the user has them."""
+        view = self.prepared.view
+        if view is not None and isinstance(error, ReshardError):
+            view.rename(error)
+        self.ranks.trouble(error)
 
     def _share(self) -> int:
         """Bytes of the blocks that this rank goes through: all of them in collective mode."""
@@ -220,13 +245,16 @@ class _Run:
         found = [check for part in self.ranks.gather(checks) for check in part]
         found.sort(key=lambda check: (place[check.parameter], check.region.start, check.of))
         root, strict = self.scan.root, self.prepared.config.strict_replicas
+        told = self.ranks.gather(self.ranks.together(self._changed))
+        changed = [line for line in told if line is not None]
 
         def judge() -> list[str]:
             if self.ranks.rank != 0:
                 return []
             try:
                 warnings = compare(found, root, self.scan.layout.container, strict=strict)
-                self._require_unchanged()
+                if changed:
+                    raise CheckpointError(changed[0])
             except CheckpointError:
                 self.workspace.discard()
                 raise
@@ -234,14 +262,20 @@ class _Run:
 
         return self.ranks.together(judge)
 
-    def _require_unchanged(self) -> None:
-        """Refuse to publish what was read from files that another program wrote meanwhile."""
+    def _changed(self) -> str | None:
+        """Why nothing is published: another program wrote a file meanwhile that was read here.
+
+        Where all ranks see all files the first one looks for all.
+        """
+        if self.ranks.rank != 0 and self.prepared.view is None:
+            return None
         changed = sorted(set(self.states) ^ set(source_states(self.scan)))
-        if changed:
-            raise CheckpointError(
-                f"`{self.scan.root / changed[0][0]}`: was changed while it was read; nothing is "
-                "published; run again when no other program writes it"
-            )
+        if not changed:
+            return None
+        return (
+            f"`{self.scan.root / changed[0][0]}`: was changed while it was read; nothing is "
+            "published; run again when no other program writes it"
+        )
 
     def _report(
         self, state: State, seconds: dict[str, float], counters: Counters, warnings: list[str]
@@ -250,6 +284,7 @@ class _Run:
         seconds["total"] = time.monotonic() - self.begun
         self.ranks.phase("report")
         mine = Figures(counters, memory_of("VmHWM"), self.import_rss)
+        LOG.debug("%s; peak memory %s", counters, size_text(mine.peak_rss))
         path = self.workspace.target
         return Report(
             plan=self.plan,

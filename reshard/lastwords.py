@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 
+from reshard.logs import LOG
+
 BEAT_SECONDS = 0.5
 
 
 def report_failure(message: str) -> None:
     """The one line that says what went wrong."""
+    LOG.info(message)
     within_a_second(lambda: print(f"reshard: {message}", file=sys.stderr, flush=True))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
+from reshard.dealing import Ranks, deal, local_readers, rank_text
 from reshard.encodings import stored_bytes
 from reshard.errors import ConfigError
 from reshard.geometry import Region, whole
@@ -53,18 +54,12 @@ def _block_bytes(total: int) -> int:
     return min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, 1 << (total // BLOCKS_AIMED_AT).bit_length()))
 
 
-def deal(coordinates: int, world: int) -> tuple[tuple[int, ...], ...]:
-    """For each coordinate, the ranks that its blocks are dealt out over."""
-    if coordinates >= world:
-        return tuple((coordinate % world,) for coordinate in range(coordinates))
-    return tuple(tuple(range(coordinate, world, coordinates)) for coordinate in range(coordinates))
-
-
 @dataclass(frozen=True)
 class Plan:
     """The whole job for `world` ranks.
 
-    `readers` and `owners` list the ranks of each mesh coordinate.
+    `readers` and `owners` list the ranks of each mesh coordinate. `local` names the source files
+    that not all ranks see, with the ranks that do, in order: only these read them.
     """
 
     source: Layout
@@ -72,8 +67,9 @@ class Plan:
     world: int
     exchange: str = "collective"
     writers: str = "nearest"
-    readers: tuple[tuple[int, ...], ...] = field(default=())
-    owners: tuple[tuple[int, ...], ...] = field(default=())
+    readers: tuple[Ranks, ...] = field(default=())
+    owners: tuple[Ranks, ...] = field(default=())
+    local: Mapping[str, Ranks] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES or self.writers not in WRITERS:
@@ -84,6 +80,12 @@ class Plan:
             raise ConfigError(
                 "engine.writers=owner needs engine.exchange=collective: in direct mode the rank "
                 "that reads a block writes it"
+            )
+        if self.exchange == "direct" and self.local:
+            file, ranks = next(iter(self.local.items()))
+            raise ConfigError(
+                f"engine.exchange=direct: needs every file visible to every rank, but `{file}` is "
+                f"seen by {rank_text(ranks)} alone; use engine.exchange=collective"
             )
         object.__setattr__(
             self, "readers", self.readers or deal(self.source.coordinates, self.world)
@@ -165,8 +167,27 @@ class Plan:
         """The rank that reads `stored` for `block`."""
         if self.exchange == "direct":
             return self._dealt(block)
-        ranks = self.readers[stored.coordinate]
+        seen_by = self.local.get(stored.file) if self.local else None
+        ranks = (
+            self.readers[stored.coordinate]
+            if seen_by is None
+            else self._local_readers[seen_by, stored.coordinate]
+        )
         return ranks[block.ordinal % len(ranks)]
+
+    @cached_property
+    def _local_readers(self) -> Mapping[tuple[Ranks, int], Ranks]:
+        return local_readers(self.source, self.local)
+
+    def _seen_by(self, name: str) -> tuple[Ranks, ...]:
+        """The ranks that see each shard of a parameter, () where all do; () where all see all."""
+        if not self.local:
+            return ()
+        return tuple(
+            self.local.get(slot.file_of(shard), ())
+            for slot in self.source.places[name]
+            for shard in range(slot.placement.cut.parts)
+        )
 
     def _writer(
         self, block: Block, piece: StoredTensor, reads: Sequence[tuple[int, StoredTensor]]
@@ -217,11 +238,14 @@ class Plan:
         )
 
     def _interleaved(self) -> list[str]:
-        """Parameters with the pipeline stages mixed evenly, and those of each stage in order."""
-        stages: dict[int, list[tuple[int, str]]] = {}
-        totals: dict[int, int] = {}
+        """Parameters with the pipeline stages mixed evenly, and those of each stage in order.
+
+        What different ranks see is mixed in the same way.
+        """
+        stages: dict[object, list[tuple[int, str]]] = {}
+        totals: dict[object, int] = {}
         for name, (read, _) in zip(self.names, self._volumes, strict=True):
-            stage = self.source.places[name][0].coordinate_of(0)
+            stage = self._seen_by(name)[:1], self.source.places[name][0].coordinate_of(0)
             totals[stage] = totals.get(stage, 0) + read
             stages.setdefault(stage, []).append((totals[stage], name))
         keyed = [
@@ -275,7 +299,7 @@ class Plan:
         totals = {rank: Load() for rank in range(self.world)}
         known: dict[object, dict[int, Load]] = {}
         for name in self.names:
-            key = self._signature(name)
+            key = self.signature(name)
             loads = known.get(key) if key is not None else None
             if loads is None:
                 loads = known[key] = self._loads(name)
@@ -291,7 +315,7 @@ class Plan:
                 loads.setdefault(rank, Load()).add(load)
         return loads
 
-    def _signature(self, name: str) -> object:
+    def signature(self, name: str) -> object:
         """What a parameter's loads depend on besides its name; None where it is like no other."""
         number = self._number[name]
         slots = self.source.places[name], self.target.places[name]
@@ -302,6 +326,7 @@ class Plan:
             return (rank, _geometry(slots[0]), _geometry(slots[1])) if alone else None
         return (
             self._turn(name),
+            self._seen_by(name),
             slots[0][0].coordinate_of(0),
             _geometry(slots[0]),
             _geometry(slots[1]),
@@ -309,7 +334,8 @@ class Plan:
 
     def _turn(self, name: str) -> object:
         """Where a parameter's blocks begin in the turns of ranks, and where its owners begin."""
-        period = math.lcm(TIE_PERIOD, *(len(ranks) for ranks in (*self.readers, *self.owners)))
+        shared = (*self.readers, *self.owners, *self._local_readers.values())
+        period = math.lcm(TIE_PERIOD, *(len(ranks) for ranks in shared))
         home = self.target.places[name][0].coordinate_of(0) if self.writers == "owner" else None
         return self._ordinals[self._number[name]] % period, home
 
@@ -320,8 +346,8 @@ class Plan:
             slots = self.source.places[name], self.target.places[name]
             # Nearest writers turn with the ranks, so only ties tell blocks of one shape apart.
             turn: object = self._ordinals[self._number[name]] % TIE_PERIOD
-            if self.writers == "owner":
-                turn = self._turn(name), slots[0][0].coordinate_of(0)
+            if self.writers == "owner" or self.local:
+                turn = self._turn(name), self._seen_by(name), slots[0][0].coordinate_of(0)
             alike[turn, _geometry(slots[0]), _geometry(slots[1])] = name
         loads = (
             load.largest()
@@ -333,7 +359,10 @@ class Plan:
 
     def digest(self, job: str) -> str:
         """What all ranks must agree on before a byte moves; `job` is the digest of the job."""
-        parts = (job, self.world, self.exchange, self.writers, self.readers, self.owners)
+        parts: tuple[object, ...] = (
+            *(job, self.world, self.exchange, self.writers, self.readers, self.owners),
+            *((sorted(self.local.items()),) if self.local else ()),
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def table_digest(self) -> str:

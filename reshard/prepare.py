@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -11,10 +12,10 @@ from reshard import assets, formats
 from reshard.assets import Readiness
 from reshard.casts import narrows
 from reshard.config import JobConfig
+from reshard.dealing import Ranks
+from reshard.elsewhere import look_together
 from reshard.encodings import require_codecs
 from reshard.errors import (
-    CheckpointError,
-    ConfigError,
     IncompleteError,
     LayoutError,
     StorageError,
@@ -23,11 +24,12 @@ from reshard.families import Model
 from reshard.families.model import ModelConfig
 from reshard.formats.options import Options, Scan
 from reshard.layout import Layout, Parameter, check_covered, check_same_parameters
-from reshard.placement import Boxes
 from reshard.plan import Plan
 from reshard.smallfiles import Alone, Meeting, SmallFiles, gather
-from reshard.sources import Source, require_known_keys, source_of
+from reshard.sources import Source, require_known_keys
+from reshard.targets import target_of
 from reshard.units import size_text
+from reshard.view import View, through, within
 
 CODE_VERSION = "3"
 
@@ -37,6 +39,8 @@ class Prepared:
     """All that is known of a job before a byte moves; `scan` None: the source is only imagined.
 
     `stored_model` is `target_model` as the target's own files have it, its vocabulary maybe padded.
+    `view` is through what a source is seen of which not all ranks see all files, and `local` names
+    its files of weights that not all ranks see, with the ranks that do.
     """
 
     config: JobConfig
@@ -50,6 +54,8 @@ class Prepared:
     scan: Scan | None
     small: SmallFiles
     notes: tuple[str, ...] = ()
+    view: View | None = None
+    local: Mapping[str, Ranks] = field(default_factory=dict)
 
     def made_files(self) -> dict[str, bytes]:
         """The texts that the target's format makes, but those that are carried along."""
@@ -66,7 +72,13 @@ class Prepared:
     def plan(self, world: int) -> Plan:
         """The plan for `world` ranks."""
         engine = self.config.engine
-        return Plan(self.source, self.target, world, engine.exchange, engine.writers)
+        return Plan(
+            self.source, self.target, world, engine.exchange, engine.writers, local=self.local
+        )
+
+    def root(self, scan: Scan) -> Path:
+        """The source's directory as the user knows it."""
+        return scan.root if self.view is None else self.view.place(scan.root)
 
 
 def prepare(config: JobConfig, meeting: Meeting | None = None) -> Prepared:
@@ -75,14 +87,19 @@ def prepare(config: JobConfig, meeting: Meeting | None = None) -> Prepared:
     All ranks of `meeting` do so together.
     """
     meeting = meeting or Alone()
-    begun = meeting.together(lambda: _begin(config))
-    scan = begun.source.scan
-    small = (
-        gather(scan, begun.format, begun.stored_model, meeting)
-        if scan is not None
-        else SmallFiles()
-    )
-    return meeting.together(lambda: _finish(config, begun, small))
+    source, view = look_together(config.source, meeting)
+    with through(view):
+        begun = meeting.together(within(view, lambda: _begin(config, source)))
+        scan = begun.source.scan
+        small = (
+            gather(scan, begun.format, begun.stored_model, meeting)
+            if scan is not None
+            else SmallFiles()
+        )
+        found = meeting.together(within(view, lambda: _finish(config, begun, small)))
+    if view is None or scan is None:
+        return found
+    return replace(found, view=view, local=view.local(scan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +116,11 @@ class _Begun:
     target: Layout
 
 
-def _begin(config: JobConfig) -> _Begun:
-    """Look at both ends, and refuse what does not go together."""
-    source = source_of(config.source)
+def _begin(config: JobConfig, source: Source) -> _Begun:
+    """Look at the target, and refuse what does not go together."""
     if any(slot.encoding is not None for slot in source.layout.slots):
         require_codecs()
-    target_format, options, dtype = _target(config)
+    target_format, options, dtype = target_of(config)
     if options.encoding is not None:
         target_format.require_encoding(options.encoding, config.target.path)
     require_known_keys(config.target, "dst", target_format, set(target_format.TARGET_KEYS))
@@ -221,62 +237,6 @@ def _tokenizer_note(scan: Scan, model: Model) -> tuple[str, ...]:
         f"warning: the embedding has {model.vocab} rows, but the tokenizer"
         f"{' in src.assets' if folder is not None else ''} knows {tokens} tokens{drop}",
     )
-
-
-def _target(config: JobConfig) -> tuple[formats.Format, Options, torch.dtype | None]:
-    """The target's format, options and dtype; `dst.like` gives those of a sample checkpoint."""
-    side = config.target
-    if len(side.among) > 1:
-        raise ConfigError(
-            f"--dst: {' or '.join(side.among)}? name a topology of one of them, like "
-            f"{side.among[0]}8"
-        )
-    if config.like is None:
-        if side.format is None:
-            raise ConfigError(
-                "--dst: which layout? name a topology such as tp4, meta8 or hf, "
-                "or give dst.like=DIR"
-            )
-        return formats.named(side.format), side.options, side.dtype
-    if not config.like.is_dir():
-        raise CheckpointError(f"`{config.like}`: no such directory (dst.like)")
-    sample = formats.detect(config.like)
-    asked = config.source.options
-    scan = sample.scan(config.like, Options(model=asked.model, assets=asked.assets))
-    if side.format not in (None, sample.NAME):
-        raise ConfigError(
-            f"dst.like: `{config.like}` is {scan.layout.name}, but --dst says {side.format}"
-        )
-    if any(isinstance(slot.placement.cut, Boxes) for slot in scan.layout.slots):
-        raise ConfigError(
-            f"dst.like: `{config.like}` is not cut along dim 0 alone, and its files do not name "
-            "the mesh; name a topology, like titan8 with dst.mesh.tp=2"
-        )
-    taken = replace(
-        side.options,
-        mesh=scan.options.mesh,
-        embedding_dim=scan.options.embedding_dim
-        if side.options.embedding_dim is None
-        else side.options.embedding_dim,
-        rope_interleaved=scan.options.rope_interleaved,
-        wrapper=side.options.wrapper or scan.options.wrapper,
-        keys=side.options.keys or scan.options.keys,
-        rope=side.options.rope or scan.options.rope,
-        encoding=side.options.encoding or (None if side.dtype else _encoding_of(scan)),
-    )
-    coded = taken.encoding is not None
-    return sample, taken, side.dtype or (None if coded else getattr(torch, scan.model.dtype))
-
-
-def _encoding_of(scan: Scan) -> str | None:
-    """The codec of a sample's matrices, which must be one."""
-    found = {slot.encoding.name for slot in scan.layout.slots if slot.encoding is not None}
-    if len(found) > 1:
-        raise ConfigError(
-            f"dst.like: `{scan.root}` has tensors of {' and '.join(sorted(found))}; choose one "
-            "with dst.dtype"
-        )
-    return next(iter(found), None)
 
 
 def small_files(prepared: Prepared) -> dict[str, Iterable[bytes]]:

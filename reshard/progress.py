@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from reshard.logs import PROGRESS, hides_progress
 from reshard.units import size_text
 
 LINE_SECONDS = 10.0
@@ -22,6 +23,7 @@ class Progress:
     def __init__(
         self, total: int, shown: bool, on_step: Callable[[], None], what: str = "moving"
     ) -> None:
+        shown = shown and not hides_progress()
         self._total, self._shown, self._on_step, self._what = total, shown, on_step, what
         self._done, self._begun = 0, time.monotonic()
         self._next = self._begun + LINE_SECONDS
@@ -43,6 +45,7 @@ class Progress:
             line = (
                 f"{self._what}: {share}% of {size_text(self._total)}, {speed}/s, {left:.0f} s left"
             )
+            PROGRESS.info(line)
             with contextlib.suppress(OSError):  # nobody may be listening any more
                 print(line, file=sys.stderr, flush=True)
 

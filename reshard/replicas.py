@@ -20,7 +20,7 @@ def compare(checks: Sequence[Check], root: Path, container: str, *, strict: bool
     """Warnings on copies that differ where they may; where they must not, a CheckpointError.
 
     `strict` refuses any difference. Differences are measured by reading the differing tensors
-    again.
+    again, where this rank sees their files.
     """
     pairs = differing(checks)
     forbidden = [pair for pair in pairs if strict or pair[1].stored.slot.strict]
@@ -29,12 +29,17 @@ def compare(checks: Sequence[Check], root: Path, container: str, *, strict: bool
     if not pairs:
         return []
     tensors = {(copy.stored.file, copy.stored.key) for _, copy in pairs}
-    largest = max(difference(root, container, first, copy) for first, copy in pairs)
+    measured = [
+        found
+        for first, copy in pairs
+        if (found := difference(root, container, first, copy)) is not None
+    ]
+    largest = f"{max(measured):g}" if measured else "not measured, in files of other machines"
     names = {copy.stored.key for _, copy in pairs}
     first = pairs[0][1].stored
     return [
         f"{len(tensors)} copies of {len(names)} replicated tensors differ from the first "
-        f"coordinate's, which is taken; largest difference {largest:g}, first `{first.key}` in "
+        f"coordinate's, which is taken; largest difference {largest}, first `{first.key}` in "
         f"`{first.file}` (src.replicas=strict refuses this)"
     ]
 
@@ -67,8 +72,13 @@ def _refusal(pairs: Sequence[Pair], *, strict: bool) -> str:
     return f"{what} ({len(pairs)} such differences); {remedy}"
 
 
-def difference(root: Path, container: str, first: Check, copy: Check) -> float:
-    """The largest absolute difference between two copies of a box; NaN where either holds one."""
+def difference(root: Path, container: str, first: Check, copy: Check) -> float | None:
+    """The largest absolute difference between two copies of a box; NaN where either holds one.
+
+    None where one of the two is in a file on another machine.
+    """
+    if any(containers.absent(root / check.stored.file) is not None for check in (first, copy)):
+        return None
     one, other = (_values(root, container, check.stored, check.region) for check in (first, copy))
     return float((one - other).abs().max())
 

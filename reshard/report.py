@@ -51,9 +51,13 @@ class Report:
     readiness: Readiness
 
     def to_json(self) -> str:
-        """The report file. The bounds are those of the plan, not of what was done."""
+        """The report file."""
+        return json.dumps(self.record(), indent=2) + "\n"
+
+    def record(self) -> dict[str, object]:
+        """All figures. The bounds are those of the plan, not of what was done."""
         plan, counters = self.plan, [figures.counters for figures in self.ranks]
-        record = {
+        return {
             "source": plan.source.name,
             "target": plan.target.name,
             "state": self.state,
@@ -84,7 +88,6 @@ class Report:
             "ready": list(self.readiness.ready),
             "missing": list(self.readiness.missing),
         }
-        return json.dumps(record, indent=2) + "\n"
 
     def last_line(self) -> str:
         """How much, how fast, and where."""
@@ -103,9 +106,10 @@ def balance(values: Sequence[int]) -> float:
     return max(values) * len(values) / sum(values) if sum(values) else 1.0
 
 
-def plan_lines(prepared: "Prepared", plan: Plan, memory: int, least: int) -> list[str]:
-    """The plan as text: sizes, choices, per-rank bytes, and what feeds every target file."""
-    totals = plan.totals()
+def plan_lines(
+    prepared: "Prepared", plan: Plan, loads: Sequence[Load], memory: int, least: int
+) -> list[str]:
+    """The plan as text: sizes, choices, the `loads` by rank, and what feeds every target file."""
     model, source, target = prepared.model, plan.source, plan.target
     source_bytes, target_bytes = (size_text(side.total_bytes()) for side in (source, target))
     writers = plan.writers if plan.exchange == "collective" else "the readers"
@@ -120,13 +124,13 @@ def plan_lines(prepared: "Prepared", plan: Plan, memory: int, least: int) -> lis
         "",
         f"{'rank':>6} {'read':>10} {'sent':>10} {'received':>10} {'written':>10}",
     ]
-    lines += [_load_line(str(rank), load) for rank, load in totals.items()]
+    lines += [_load_line(str(rank), load) for rank, load in enumerate(loads)]
     everything = Load()
-    for load in totals.values():
+    for load in loads:
         everything.add(load)
     lines += [_load_line("all", everything), ""]
-    read_balance = balance([load.read for load in totals.values()])
-    write_balance = balance([load.written for load in totals.values()])
+    read_balance = balance([load.read for load in loads])
+    write_balance = balance([load.written for load in loads])
     lines.append(
         f"bounds: read {source_bytes} (each byte once), crossing {size_text(everything.sent)}, "
         f"written {target_bytes}; balance read {read_balance:.3f}, write {write_balance:.3f}"

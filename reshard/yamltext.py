@@ -8,7 +8,7 @@ other keys are resolved, and no other resolver is called, whatever the process h
 import contextlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -147,3 +147,8 @@ def _require_known(texts: Sequence[str], name: str) -> None:
             f"`{name}`: has {references} references to keys and {variables} to the environment, "
             f"expected {MAX_REFERENCES} and {MAX_FROM_ENVIRONMENT} at most"
         )
+
+
+def written(tree: Mapping[str, Json]) -> str:
+    """Plain data as a YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(tree)))

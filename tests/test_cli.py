@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from reshard.arguments import VERBS
 from tests import jobs
 from tests.commands import call, done, model, move, one_line, read, refused, write
 from tests.oracles import hf, meta, models, nanotron
@@ -34,7 +35,7 @@ def test_help_fits_a_screen_and_names_everything(capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert max(map(len, text.splitlines())) <= 120
-    assert len(text.splitlines()) <= 70
+    assert len(text.splitlines()) <= 78
     keys = {f"{side}.path" for side in ("src", "dst")} | {
         "src.model",
         "dst.dtype",
@@ -45,13 +46,17 @@ def test_help_fits_a_screen_and_names_everything(capsys: pytest.CaptureFixture[s
         for key in ("memory", "exchange", "writers", "backend", "timeout", "fsync", "verify")
     }
     flags = {"--src", "--dst", "--config", "--report", "--force", "--world", "--json", "--debug"}
-    flags |= {"--cast", "--load", "--checksums"}
-    missing = {
-        word for word in keys | flags | {"run", "plan", "inspect", "verify"} if word not in text
-    }
+    flags |= {"--cast", "--load", "--checksums", "--html", "--log-dir", "--verbose", "--quiet"}
+    missing = {word for word in keys | flags | set(VERBS) if word not in text}
     assert not missing
     assert re.search(r"exit codes: 0 .* 1 .* 2 ", text)
     assert re.search(r"between the two\s+renames it is absent", text.replace("\n", " "))
+    for verb, flag in (("fit", "--gpus"), ("serve", "--watch")):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        text = capsys.readouterr().out
+        assert flag in text
+        assert len(text.splitlines()) < 50
 
 
 def test_run_is_implied(tmp_path: Path) -> None:
@@ -165,12 +170,13 @@ def test_a_bug_is_one_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ("verb", "flag", "owner"),
     [
         ("run", "--world=8", "plan"),
-        ("run", "--json", "inspect"),
+        ("run", "--json", "inspect and fit"),
         ("plan", "--force", "run"),
         ("plan", "--report=x", "run"),
-        ("inspect", "--src=hf", "run and plan"),
+        ("inspect", "--src=hf", "run, plan, fit and serve"),
         ("inspect", "--world=0", "plan"),
         ("verify", "--checksums", "inspect"),
+        ("plan", "--log-dir=x", "run, verify and serve"),
         ("verify", "--config=x", "run and plan"),
     ],
 )

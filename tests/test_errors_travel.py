@@ -34,7 +34,7 @@ class Phase:
 
 
 PHASES = {
-    "start": Phase("reshard.cli:job.run"),
+    "start": Phase("reshard.verbs:job.run"),
     "plan": Phase("reshard.job:prepare"),
     "headers": Phase("reshard.formats.common:check_headers"),
     "lock": Phase("reshard.workspace:Workspace.locked", first=True),

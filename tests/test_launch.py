@@ -2,14 +2,17 @@
 
 import os
 import re
+import shutil
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.commands import model, move, read, write
-from tests.launched import ROOT, SHIM, STOCK, environment, ours, start
+from tests.launched import ROOT, SHIM, STOCK, alive, children, environment, ours, start, under_way
 from tests.oracles import models
 from tests.oracles.compare import assert_same
 from tests.sabotage import WRITE
@@ -90,10 +93,128 @@ def test_a_killed_rank_is_told_in_one_line(launcher: list[str], which: int, tmp_
     assert not (tmp_path / "dst").exists()
 
 
-def test_the_shim_says_how_it_is_used(tmp_path: Path) -> None:
-    shown = subprocess.run([*SHIM[:2], "--help"], capture_output=True, text=True, check=False)
-    assert shown.returncode == 0
-    assert "-m reshard" in shown.stdout
+RANK = """\
+import os, signal, sys, time
+came = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: came.append(1))
+rank = int(os.environ["RANK"])
+open(f"up-{rank}", "w").close()
+while not came:
+    time.sleep(0.02)
+time.sleep(1)
+os._exit(int(sys.argv[1 + rank]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "number", "times", "expected"),
+    [
+        (("0", "0"), signal.SIGTERM, 3, 0),
+        (("1", "2"), signal.SIGTERM, 1, 2),
+        (("130", "1"), signal.SIGINT, 1, 1),
+    ],
+    ids=["well", "own", "interrupted"],
+)
+def test_the_shim_ends_as_its_ranks_do_on_a_signal(
+    codes: tuple[str, str], number: signal.Signals, times: int, expected: int, tmp_path: Path
+) -> None:
+    """However often the signal comes: Slurm sends more than one."""
+    (tmp_path / "rank.py").write_text(RANK)
+    with under_way([*SHIM, "rank.py", *codes], tmp_path) as process:
+        limit = time.monotonic() + 60
+        while not ((tmp_path / "up-0").exists() and (tmp_path / "up-1").exists()):
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        ranks = children(process.pid)
+        for _ in range(times):
+            process.send_signal(number)
+            time.sleep(0.1)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (expected, "", "")
+    assert not alive(ranks)
+
+
+def test_the_shim_prints_the_command_that_it_stands_for() -> None:
+    words = [*SHIM[:2], "--dry-run", "--nproc=3", "-m", "reshard", "--nproc", "a b"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    stock = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node=3"
+    assert shown == f"{sys.executable} {stock} -m reshard --nproc 'a b'"
+
+
+def multinode(*words: str, **more: str) -> "subprocess.CompletedProcess[str]":
+    """What launch/multinode.sh would do, without what Slurm or the machine say."""
+    kept = environment(GLOO_SOCKET_IFNAME="lo", **more)
+    return subprocess.run(
+        [str(ROOT / "launch" / "multinode.sh"), *words],
+        env={key: kept[key] for key in kept if not key.startswith("SLURM_") or key in more},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_multinode_script_starts_one_node_of_several(tmp_path: Path) -> None:
+    """From arguments; with another torchrun on PATH, with that one's Python."""
+    for name in ("torchrun", "python"):
+        (tmp_path / name).touch(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    given = ["--nnodes", "3", "--node-rank=2", "--master", "127.0.0.1:777", "--id", "one"]
+    found = multinode("--dry-run", *given, "--nproc", "4", "--src", "a b", PATH=path)
+    assert found.returncode == 0, found.stderr
+    python = "" if (ROOT / ".venv/bin/torchrun").exists() else rf"{tmp_path}/python "
+    local = r"(--local-addr 127\.0\.0\.1 )?"
+    assert re.fullmatch(
+        rf"{python}\S*{ROOT}/launch/torchrun --nnodes 3 --rdzv-backend c10d "
+        r"--rdzv-endpoint 127.0.0.1:777 --rdzv-id one --rdzv-conf is_host=0\\,read_timeout=\d+ "
+        rf"{local}--nproc 4 -m reshard --src a\\ b",
+        found.stdout.strip(),
+    ), found.stdout
+    first = multinode("--dry-run", *given, "--node-rank", "0", "--master", "[::1]", PATH=path)
+    assert r"--rdzv-endpoint \[::1\]:777" in first.stdout
+    assert "is_host=1" in first.stdout
+
+
+def test_one_node_needs_no_place_to_meet() -> None:
+    found = multinode("--dry-run", "--nproc", "2")
+    assert re.fullmatch(
+        r"\S* ?\S*torchrun --nproc 2 -m reshard --src \S+ --dst \S+ \n", found.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["--nnodes", "2"], "--node-rank: which of the 2 nodes"),
+        (["--nnodes", "2", "--node-rank", "2"], "--node-rank: 2, but nodes are 0 to 1"),
+        (["--nnodes", "2", "--node-rank", "1"], "--master: give the address of node 0"),
+        (["--nnodes", "two"], "--nnodes: `two` is not a number from 1 on"),
+        (["--nproc", "0"], "--nproc: `0` is not a number from 1 on"),
+        (["--master", "a:b:c"], "--master: `a:b:c` is not ADDR or ADDR:PORT"),
+        (["--nproc"], "--nproc: give a value"),
+    ],
+)
+def test_the_multinode_script_refuses_what_cannot_work(words: list[str], pattern: str) -> None:
+    found = multinode("--dry-run", *words)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert re.fullmatch(rf"reshard: {pattern}.*\n", found.stderr), found.stderr
+
+
+def test_more_than_one_task_per_node_is_refused() -> None:
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}
+    found = multinode("--dry-run", **step)
+    assert found.returncode == 2
+    assert "4 tasks on 2 nodes" in found.stderr
+
+
+@pytest.mark.parametrize("name", ["local.sh", "multinode.sh", "slurm.sh", "stage.sh", "torchrun"])
+def test_what_is_launched_says_how_it_is_used(name: str) -> None:
+    command = [sys.executable] if name == "torchrun" else ["bash"]
+    words = [*command, str(ROOT / "launch" / name), "--help"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"launch/{name} [" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 100
 
 
 def dry_run(*words: str, **more: str) -> str:
@@ -115,20 +236,30 @@ def test_the_local_script_starts_a_rank_per_gpu_or_core() -> None:
     assert re.search(r"--nproc [1-8] -m reshard verify a\\ b", dry_run("verify", "a b"))
 
 
-@pytest.mark.parametrize(
-    "script",
-    [*sorted((ROOT / "slurm").glob("*.sbatch")), *sorted((ROOT / "launch").glob("*.sh"))],
-    ids=lambda path: path.name,
-)
+SCRIPTS = [
+    *sorted((ROOT / "slurm").glob("*.sbatch")),
+    *sorted((ROOT / "launch").glob("*.*sh")),
+    *sorted((ROOT / "tests").rglob("*.sh")),
+    ROOT / ".ci" / "run",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_good_bash(script: Path) -> None:
     checked = subprocess.run(
         ["bash", "-n", str(script)], capture_output=True, text=True, check=False
     )
     assert (checked.returncode, checked.stderr) == (0, "")
-    text = script.read_text()
-    assert text.startswith("#!")
-    if script.suffix == ".sbatch":
-        assert re.search(r"^#SBATCH --nodes", text, re.MULTILINE)
-        assert "reshard" in text
-    else:
+    if script.suffix in (".sh", ""):
+        assert script.read_text().startswith("#!/usr/bin/env bash\n")
         assert os.access(script, os.X_OK)
+
+
+def test_shellcheck_finds_nothing() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    words = ["shellcheck", "--shell=bash", "--external-sources", "--source-path", str(ROOT)]
+    found = subprocess.run(
+        [*words, *map(str, SCRIPTS)], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout) == (0, "")

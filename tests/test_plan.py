@@ -2,9 +2,11 @@
 
 import ast
 import contextlib
+import hashlib
 import re
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from unittest import mock
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 import reshard
 from reshard import plan as planning
+from reshard.dealing import files_of
 from reshard.errors import ConfigError
 from reshard.geometry import Region, whole
 from reshard.layout import Layout, Slot
@@ -38,11 +41,24 @@ def small_blocks(nbytes: int) -> Iterator[None]:
 
 
 @st.composite
+def sights(draw: st.DrawFn, files: tuple[str, ...], world: int) -> dict[str, tuple[int, ...]]:
+    """Files that only some ranks see: those of a node, or any others."""
+    groups = st.lists(st.integers(0, world - 1), min_size=1, max_size=world, unique=True)
+    some = draw(st.lists(groups, min_size=1, max_size=3))
+    seen = {file: tuple(sorted(draw(st.sampled_from(some)))) for file in files}
+    return {file: ranks for file, ranks in seen.items() if len(ranks) < world}
+
+
+@st.composite
 def plans(draw: st.DrawFn, *, mode: str | None = None) -> Plan:
     """A plan of random layouts for a few ranks, with its block size decided."""
     source, target = draw(layout_pairs())
     modes = [pair for pair in MODES if mode in (None, pair[0])]
-    plan = Plan(source, target, draw(st.integers(1, 7)), *draw(st.sampled_from(modes)))
+    world, (exchange, writers) = draw(st.integers(1, 7)), draw(st.sampled_from(modes))
+    local = {}
+    if exchange == "collective" and draw(st.booleans()):
+        local = draw(sights(source.files, world))
+    plan = Plan(source, target, world, exchange, writers, local=local)
     with small_blocks(draw(st.sampled_from((1, 32, 128)))):
         assert plan.block_bytes >= 1  # cached from here on
     return plan
@@ -218,7 +234,8 @@ def test_each_rank_reads_and_as_owner_writes_only_what_it_owns(plan):
 
     for move in all_moves(plan):
         for rank, stored in move.reads:
-            assert owns(rank, stored.coordinate, plan.source.coordinates)
+            if stored.file not in plan.local:
+                assert owns(rank, stored.coordinate, plan.source.coordinates)
         for rank, piece in move.pieces if plan.writers == "owner" else ():
             assert owns(rank, piece.coordinate, plan.target.coordinates)
 
@@ -237,6 +254,123 @@ def test_readers_and_owners_may_be_named():
     for move in plan.moves(0):
         assert all(rank == (3, 2, 0)[stored.coordinate] for rank, stored in move.reads)
         assert {rank for rank, _ in move.pieces} == {1}
+
+
+@slow_inputs
+@given(plans(mode="collective"))
+def test_a_rank_reads_only_files_that_it_sees(plan):
+    for move in plan.moves(0):
+        for rank, stored in move.reads:
+            assert rank in plan.local.get(stored.file, range(plan.world))
+
+
+def on_two_nodes(name: str, world: int, writers: str = "nearest") -> Plan:
+    """The first half of the files seen by the first half of the ranks, the rest by the rest."""
+    plan, half = real_plan(name, world, "collective", writers), world // 2
+    files = plan.source.files
+    local = {file: tuple(range(half)) for file in files[: len(files) // 2]}
+    local |= {file: tuple(range(half, world)) for file in files[len(files) // 2 :]}
+    return replace(plan, local=local)
+
+
+@pytest.mark.parametrize("writers", ["nearest", "owner"])
+@pytest.mark.parametrize("world", [2, 4, 12])
+@pytest.mark.parametrize("name", ["meta6 to tp3pp2", "hf to tp6", "tp2pp5 to meta3"])
+def test_what_a_node_sees_is_dealt_evenly_over_its_ranks(name, world, writers):
+    plan = on_two_nodes(name, world, writers)
+    expected = {rank: Load() for rank in range(world)} | counted(all_moves(plan), 1)
+    totals = plan.totals()
+    assert totals == expected
+    align = 64
+    largest_block = max(largest(counted([move], align)) for move in all_moves(plan))
+    assert plan.least_capacity(align) == largest_block
+    for node in (range(world // 2), range(world // 2, world)):
+        read = [totals[rank].read for rank in node]
+        if name != "tp2pp5 to meta3":  # whose stages are of different sizes
+            shares = 2 if name == "meta6 to tp3pp2" and world == 4 else 1  # three files, two ranks
+            assert max(read) <= 1.1 * shares * min(read)
+
+
+def test_a_file_that_a_coordinates_rank_does_not_see_is_read_by_one_that_does():
+    plan = on_two_nodes("meta6 to tp3pp2", 4)
+    readers = {(stored.file, rank) for move in plan.moves(0) for rank, stored in move.reads}
+    assert {file: sorted(r for f, r in readers if f == file) for file, _ in readers} == {
+        f"consolidated.{number:02d}.pth": [rank] for number, rank in enumerate((0, 1, 0, 2, 3, 2))
+    }
+
+
+def test_the_parameters_of_all_nodes_are_taken_in_turn():
+    """Whole tensors, as many on each node and one node's first: both nodes have work all along."""
+    names = [f"p{number}" for number in range(40)]
+    slots = [Slot(n, Placement((4, 4), uncut(4)), n, "k", torch.float32) for n in names]
+    layout = Layout("x", "safetensors", 1, tuple(slots))
+    local = {name: (number // 20,) for number, name in enumerate(names)}
+    plan = Plan(layout, layout, 2, local=local)
+    readers = [move.reads[0][0] for move in plan.moves(0)]
+    assert all(abs(2 * sum(readers[:stop]) - stop) <= 2 for stop in range(len(readers)))
+
+
+def alike_but_for_who_sees_them() -> Plan:
+    """Parameters of one shape in two halves of columns, each half in a file of its own.
+
+    Some begin at the same turn of ranks, and of those some at another turn of five that share.
+    """
+    seen = [((0,), (0,)), ((0,), (1,)), ((1, 2), (1, 2)), ((1, 2, 3, 4, 5), (0,)), ((3, 4), (5,))]
+    names = [f"p{number}" for number in range(8 * len(seen))]
+    halves = Placement((24, 8), Cut(1, 8, 4, parts=2))
+    source = [Slot(n, halves, n + "-{shard}", "k", torch.float32) for n in names]
+    target = [Slot(n, Placement((24, 8), uncut(24)), n, "k", torch.float32) for n in names]
+    local = {
+        f"{name}-{shard}": ranks
+        for number, name in enumerate(names)
+        for shard, ranks in enumerate(seen[number // 8])
+    }
+    plan = Plan(
+        Layout("x", "safetensors", 2, tuple(source)),
+        Layout("y", "safetensors", 1, tuple(target)),
+        6,
+        local=local,
+    )
+    with small_blocks(1):
+        assert plan.block_count() == 12 * len(names)
+    return plan
+
+
+def test_parameters_that_others_see_put_other_loads_on_ranks():
+    plan = alike_but_for_who_sees_them()
+    expected = {rank: Load() for rank in range(6)} | counted(all_moves(plan), 1)
+    assert plan.totals() == expected
+    least = max(largest(counted([move], 64)) for move in all_moves(plan))
+    assert plan.least_capacity(64) == least
+    assert largest(counted([next(plan.moves(0))], 64)) == least
+
+
+def test_files_are_looked_at_by_ranks_that_see_them():
+    files = [f"f{number}" for number in range(9)]
+    assert [files_of(rank, 3, files, {}) for rank in range(3)] == [files[r::3] for r in range(3)]
+    local = {"f0": (2,), "f1": (1, 2), "f2": (1, 2), "f8": (0,)}
+    shares = [files_of(rank, 3, files, local) for rank in range(3)]
+    assert sorted(file for share in shares for file in share) == files
+    for rank, share in enumerate(shares):
+        assert all(rank in local.get(file, range(3)) for file in share)
+    assert shares[1] == ["f2", "f4", "f7"]
+
+
+def test_local_files_rule_out_direct_exchange():
+    plan = on_two_nodes("meta6 to tp3pp2", 4)
+    message = "`consolidated.00.pth` is seen by ranks 0-1 alone; use engine.exchange=collective"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(plan, exchange="direct")
+
+
+def test_a_digest_knows_who_sees_what_and_is_as_before_where_all_see_all():
+    plan = on_two_nodes("meta6 to tp3pp2", 4)
+    everywhere = replace(plan, local={})
+    parts = ("job", 4, "collective", "nearest", everywhere.readers, everywhere.owners)
+    assert everywhere.digest("job") == hashlib.sha256(repr(parts).encode()).hexdigest()
+    fewer = replace(plan, local=dict(list(plan.local.items())[1:]))
+    assert len({p.digest("job") for p in (plan, everywhere, fewer)}) == 3
+    assert plan.table_digest() == everywhere.table_digest()
 
 
 @slow_inputs

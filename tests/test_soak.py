@@ -42,7 +42,7 @@ def resources() -> Own:
 
 
 def growth(seen: Sequence[int]) -> int:
-    """From the first quarter to the last; of each the least, as a thread may hold a file just then."""
+    """From the first quarter to the last; of each the least: a thread may just hold a file."""
     quarter = len(seen) // 4
     return min(seen[-quarter:]) - min(seen[:quarter])
 
@@ -50,6 +50,7 @@ def growth(seen: Sequence[int]) -> int:
 def many(ready: Sequence[Ready], count: int, every: int) -> tuple[list[Own], list[str]]:
     """What one rank has of itself, `every` so many conversions; how each kind ended."""
     ranks, seen, ends = Ranks(), list[Own](), [""] * len(ready)
+    ranks.endure(lambda: None)
     for number in range(count):
         place = number % len(ready)
         ends[place] = one(ready[place], ranks, number)

@@ -15,12 +15,13 @@ import importlib
 import os
 import pkgutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -127,11 +128,44 @@ def _modules() -> Mapping[str, ModuleType]:
     return {name: module for name, module in found.items() if hasattr(module, "skeleton")}
 
 
+class Absent(Protocol):
+    """A file that lies on another machine, by what is known of it here."""
+
+    def index(self, container: str) -> FileIndex:
+        """Where its stored tensors lie."""
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Some of its bytes."""
+
+    def crc32_of(self, offset: int, length: int) -> int:
+        """The checksum of some of its bytes."""
+
+
+_find: ContextVar[Callable[[Path], Absent | None]] = ContextVar("find", default=lambda path: None)
+
+
+@contextlib.contextmanager
+def with_absent(find: Callable[[Path], Absent | None]) -> Iterator[None]:
+    """Have `find` say, in this thread, which files are not here though their names are."""
+    token = _find.set(find)
+    try:
+        yield
+    finally:
+        _find.reset(token)
+
+
+def absent(path: Path) -> Absent | None:
+    """A file that lies on another machine; None for one that is here, or nowhere."""
+    return _find.get()(path)
+
+
 def index(container: str, root: Path, file: str) -> FileIndex:
     """Where each stored tensor of `root / file` lies, a file of `container` (a module's name).
 
     A file is read once, and again when it was written since.
     """
+    if (elsewhere := absent(root / file)) is not None:
+        return elsewhere.index(container)
     now = version(root / file)
     if now is None:
         raise CheckpointError(f"`{root / file}`: no such file, or no plain one")

@@ -20,7 +20,8 @@ SPELLINGS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("lm_head.", "language_model.lm_head."),
     ),
 }
-TIED = "tie_word_embeddings"
+HEAD, TIED = "lm_head.weight", "tie_word_embeddings"
+STACKS = ("layers", "layer", "h", "blocks", "block")  # lists of layers; others may have gaps
 DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
@@ -134,6 +135,11 @@ def _says_tied(config: Mapping[str, Json]) -> bool:
         if isinstance(said := part.get(TIED), bool):
             return said
     return False
+
+
+def head_of(model_type: str) -> str:
+    """The name of the output's weight."""
+    return published(model_type, HEAD)
 
 
 def published(model_type: str, key: str) -> str:

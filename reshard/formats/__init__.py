@@ -25,6 +25,7 @@ vocab_unit(options) -> int                what `dst.vocab_multiple` makes rows a
 declared(options) -> dict[str, str]       what a target's files do not say, for the manifest
 require_encoding(encoding, folder)        refuse a dst.dtype that is no plain one
 check_place(folder)                       refuse a dst.path in which a target would be of no use
+complete(path) -> bool                    whether its writer has done with a directory
 side_files(model, layout, options)        the small files that make a target complete
 closing_files(layout, options, skeleton)  files that list the others, in pieces, written last
 """
@@ -98,6 +99,9 @@ class Format(Protocol):
     def check_place(self, folder: Path) -> None:
         """Refuse a dst.path in which a target would be of no use."""
 
+    def complete(self, path: Path) -> bool:
+        """Whether its writer has done with a directory of this format, as far as files tell."""
+
     def closing_files(
         self, layout: Layout, options: Options, skeleton: Callable[[str], Skeleton]
     ) -> Mapping[str, Iterator[bytes]]:
@@ -147,6 +151,10 @@ class _Defaults:
     @staticmethod
     def check_place(folder: Path) -> None:
         return None
+
+    @staticmethod
+    def complete(path: Path) -> bool:
+        return True
 
     @staticmethod
     def side_files(model: Model, layout: Layout, options: Options) -> dict[str, bytes]:

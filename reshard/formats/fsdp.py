@@ -20,6 +20,7 @@ from reshard.layout import Layout, Parameter, Slot
 from reshard.placement import chunked
 
 NAME = "fsdp"
+ABSENT = "no DCP checkpoint: no .metadata in it or below"
 ANY_FAMILY = True
 ASSETS = common.TRANSFORMERS_ASSETS
 NEEDED = {common.CONFIG: (common.CONFIG,), "tokenizer": common.TOKENIZERS}
@@ -35,7 +36,7 @@ def layout(parameters: Sequence[Parameter], model: Model, options: Options) -> L
     if options.chunks is None and (mesh.tp, mesh.pp) != (1, 1):
         raise LayoutError(f"fsdp: as a target it has a dp axis only, found {mesh}")
     slots = [_slot(parameter, parameter.name, model, options) for parameter in parameters]
-    head, embedding = weights.head_of(model), weights.embedding_of(parameters)
+    head, embedding = carried.head_of(model.model_type), weights.embedding_of(parameters)
     twice = options.chunks is None or head in options.chunks
     if model.tied and embedding is not None and twice:
         slots.append(_slot(embedding, head, model, options))
@@ -70,9 +71,14 @@ def detect(path: Path) -> bool:
     return dcp.is_titan(path) is False
 
 
+def complete(path: Path) -> bool:
+    """Whether `.metadata` is there, which is written last."""
+    return bool(dcp.opened(path, ABSENT).keys)
+
+
 def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a directory from its `.metadata`; the model from a config beside it."""
-    found_at = dcp.opened(path, "no DCP checkpoint: no .metadata in it or below")
+    found_at = dcp.opened(path, ABSENT)
     root, directory, keys = found_at.root, found_at.directory, found_at.keys
     mesh = options.mesh
     folders = (*dcp.surroundings(path, root), *_trained_from(root))

@@ -38,7 +38,7 @@ def layout(parameters: Sequence[Parameter], model: Model, options: Options) -> L
         raise LayoutError(f"hf: Hugging Face directories have no mesh, found {options.axes}")
     files = options.files or _fill(parameters, options.max_shard_bytes)
     slots = [_slot(parameter, parameter.name, files[parameter.name]) for parameter in parameters]
-    head, embedding = weights.head_of(model), weights.embedding_of(parameters)
+    head, embedding = carried.head_of(model.model_type), weights.embedding_of(parameters)
     if model.tied and embedding is not None and head in files:
         slots.append(_slot(embedding, head, files[head]))
     return Layout(
@@ -81,6 +81,12 @@ def detect(path: Path) -> bool:
     return (path / INDEX).exists() or (path / SINGLE).exists()
 
 
+def complete(path: Path) -> bool:
+    """Whether all files of the index are there, in full length; it is written after them."""
+    files = _weight_map(path).values() if (path / INDEX).exists() else (SINGLE,)
+    return all(containers.index("safetensors", path, file).entries for file in set(files))
+
+
 def ignored(key: str) -> bool:
     """Stored tensors that follow from the config."""
     return key.endswith(weights.UNUSED_SUFFIX)
@@ -103,7 +109,7 @@ def scan(path: Path, options: Options) -> Scan:
     if missing := [parameter.name for parameter in expected if parameter.name not in files]:
         hint = (
             "; if the output is tied to the embedding, say src.tied=true"
-            if missing[0] == weights.HEAD
+            if missing[0] == carried.HEAD
             else ""
         )
         raise CheckpointError(
@@ -180,7 +186,7 @@ def _refuse_unknown(
     path: Path, files: Mapping[str, str], expected: Set[str], model: ModelConfig
 ) -> None:
     """Refuse tensors that the model has no parameter for: they would be lost without a word."""
-    tied = {weights.HEAD} if model.tied else set()
+    tied = {carried.HEAD} if model.tied else set()
     unknown = [key for key in files if key not in expected | tied and not ignored(key)]
     if unknown:
         raise CheckpointError(

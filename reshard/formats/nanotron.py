@@ -33,6 +33,7 @@ from reshard.formats.nanotron_tree import (
     KEY,
     SUFFIX,
     check_files,
+    is_saved,
     only_entry,
     place_of,
     step,
@@ -197,6 +198,11 @@ def detect(path: Path) -> bool:
     return (path / "latest.txt").is_file() or (
         (path / "model_config.json").is_file() and (path / "model").is_dir()
     )
+
+
+def complete(path: Path) -> bool:
+    """Whether the run's latest.txt, which is written last, has come to this step."""
+    return is_saved(path)
 
 
 def model_of(record: Mapping[str, Json], path: Path) -> ModelConfig | None:

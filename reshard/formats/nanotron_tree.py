@@ -61,6 +61,15 @@ def step(path: Path) -> Path:
     return path / step
 
 
+def is_saved(path: Path) -> bool:
+    """Whether a step is not beyond the one that its run's latest.txt names, if there is a run."""
+    latest = path.parent / "latest.txt"
+    if not path.name.isdecimal() or not latest.is_file():
+        return True
+    step = common.read_text(latest, MAX_LATEST_BYTES).strip()
+    return step.isdecimal() and int(path.name) <= int(step)
+
+
 def stored_files(root: Path) -> list[str]:
     """Every safetensors file below model/, relative to the step directory; links are followed."""
     found: list[str] = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from reshard import containers
 from reshard.errors import CheckpointError, LayoutError
 from reshard.families import Model
+from reshard.families.carried import head_of
 from reshard.formats import common, weights
 from reshard.formats.options import Chunks, Mesh, Options, Scan
 from reshard.layout import Layout, Parameter, Slot
@@ -39,7 +40,7 @@ def layout(parameters: Sequence[Parameter], model: Model, options: Options) -> L
     if options.chunks is None:
         raise LayoutError("statedict: is a source only; for a target use --dst hf")
     slots = [_slot(parameter, options.chunks[parameter.name]) for parameter in parameters]
-    head, embedding = weights.head_of(model), weights.embedding_of(parameters)
+    head, embedding = head_of(model.model_type), weights.embedding_of(parameters)
     if model.tied and embedding is not None and head in options.chunks:
         slots.append(_slot(embedding, options.chunks[head]))
     return Layout(NAME, CONTAINER, 1, tuple(slots))

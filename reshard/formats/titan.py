@@ -22,6 +22,7 @@ from reshard.layout import Layout, Parameter, Slot
 from reshard.placement import Groups, Placement
 
 NAME = "titan"
+ABSENT = "no complete step: no step-N with a .metadata"
 FAMILIES = ("llama",)
 FOLDER = "step-0"
 SOURCE_KEYS = ("tied", "rope")
@@ -191,9 +192,14 @@ def detect(path: Path) -> bool:
     return dcp.is_titan(path) is True
 
 
+def complete(path: Path) -> bool:
+    """Whether `.metadata` is there, which is written last."""
+    return bool(dcp.opened(path, ABSENT).keys)
+
+
 def scan(path: Path, options: Options) -> Scan:
     """Read the layout of a step from its `.metadata`; the model from a config."""
-    found_at, mesh = dcp.opened(path, "no complete step: no step-N with a .metadata"), options.mesh
+    found_at, mesh = dcp.opened(path, ABSENT), options.mesh
     root = found_at.root
     chunks, left = _stored(found_at)
     folders = tuple(dict.fromkeys((*dcp.surroundings(path, root), root.parent / FOLDER)))

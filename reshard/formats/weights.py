@@ -10,7 +10,7 @@ import torch
 from reshard import families
 from reshard.errors import CheckpointError, UndescribedError
 from reshard.families import Model
-from reshard.families.carried import CarriedConfig, published
+from reshard.families.carried import HEAD, STACKS, CarriedConfig, head_of, published
 from reshard.families.model import ModelConfig
 from reshard.formats import common
 from reshard.formats.options import Options
@@ -31,11 +31,10 @@ REFUSED = {
     "modules_to_save.": "PEFT; merge the adapters into the model first (merge_and_unload)",
     ".base_layer.": "LoRA adapters; merge them into the model first (PEFT: merge_and_unload)",
 }
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+EMBEDDING = "embed_tokens.weight"
 # A buffer that old transformers saved with the weights; it follows from the config.
 UNUSED_SUFFIX = ".rotary_emb.inv_freq"
 NAMES_SHOWN = 3
-STACKS = ("layers", "layer", "h", "blocks", "block")  # lists of layers; others may have gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +74,6 @@ def refuse_foreign(keys: Iterable[str], where: str) -> None:
         for mark, what in REFUSED.items():
             if mark in key:
                 raise CheckpointError(f"`{where}`: tensor `{key}` is of {what}")
-
-
-def head_of(model: Model) -> str:
-    """The name of the output's weight."""
-    return published(model.model_type, HEAD)
 
 
 def whole_tensor(parameter: Parameter) -> Placement:
@@ -145,7 +139,7 @@ def as_stored(kept: Mapping[str, Kept], model: CarriedConfig, where: str) -> Wei
     """
     _require_layers(kept, model, where)
     embeddings = [name for name in kept if name.endswith(EMBEDDING)]
-    embedding, head = embeddings[0] if len(embeddings) == 1 else None, head_of(model)
+    embedding, head = embeddings[0] if len(embeddings) == 1 else None, head_of(model.model_type)
     tied = (
         model.tied
         and embedding is not None
@@ -193,7 +187,7 @@ def _require_layers(kept: Mapping[str, Kept], model: CarriedConfig, where: str) 
 
 def _require_names_of(folder: Path, found: Weights, where: str) -> None:
     """Refuse tensors of other names than the weights in `folder` have, where it has weights."""
-    head = head_of(found.model)
+    head = head_of(found.model.model_type)
     names = {published(found.model.model_type, name) for name in common.names_in(folder)}
     if not names:
         return

@@ -1,0 +1,1 @@
+"""What fits which GPUs: arithmetic on sizes, never on weights."""
