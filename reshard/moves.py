@@ -45,12 +45,12 @@ class Load:
     received: int = 0
     written: int = 0
 
-    def add(self, other: "Load") -> None:
-        """Count `other` in."""
-        self.read += other.read
-        self.sent += other.sent
-        self.received += other.received
-        self.written += other.written
+    def add(self, other: "Load", count: int = 1) -> None:
+        """Count `other` in, `count` times."""
+        self.read += other.read * count
+        self.sent += other.sent * count
+        self.received += other.received * count
+        self.written += other.written * count
 
     def largest(self) -> int:
         """The largest of the four."""

@@ -294,27 +294,6 @@ class Plan:
 
     # What it comes to.
 
-    def totals(self) -> dict[int, Load]:
-        """Bytes of every rank over the whole job, without alignment."""
-        totals = {rank: Load() for rank in range(self.world)}
-        known: dict[object, dict[int, Load]] = {}
-        for name in self.names:
-            key = self.signature(name)
-            loads = known.get(key) if key is not None else None
-            if loads is None:
-                loads = known[key] = self._loads(name)
-            for rank, load in loads.items():
-                totals[rank].add(load)
-        return totals
-
-    def _loads(self, parameter: str) -> dict[int, Load]:
-        """Loads of all blocks of one parameter."""
-        loads: dict[int, Load] = {}
-        for block in self.blocks(parameter):
-            for rank, load in loads_of(self.move(block)).items():
-                loads.setdefault(rank, Load()).add(load)
-        return loads
-
     def signature(self, name: str) -> object:
         """What a parameter's loads depend on besides its name; None where it is like no other."""
         number = self._number[name]

@@ -10,6 +10,7 @@ from reshard.assets import Readiness
 from reshard.engine import Counters
 from reshard.moves import Load
 from reshard.plan import Plan
+from reshard.traffic import loads_by_rank
 from reshard.units import size_text
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Report:
                 "read": sum(counter.read for counter in counters),
                 "read_bound": plan.source.total_bytes(),
                 "exchanged": sum(counter.exchanged for counter in counters),
-                "exchanged_bound": sum(load.sent for load in plan.totals().values()),
+                "exchanged_bound": sum(load.sent for load in loads_by_rank(plan)),
                 "written": sum(counter.written for counter in counters),
                 "written_bound": self.file_bytes,
                 "resumed": sum(counter.resumed for counter in counters),

@@ -1,7 +1,7 @@
 """What a plan moves from rank to rank, and who reads and writes which stored tensor. Pure.
 
-Parameters that are alike are counted once, as for `Plan.totals`, and so are their blocks: of a
-thousand, most have the same parts, the same readers and the same turn.
+Parameters that are alike are counted once, and so are their blocks: of a thousand, most have the
+same parts, the same readers and the same turn.
 """
 
 import math
@@ -39,11 +39,7 @@ class Flow:
     def add(self, other: "Flow", count: int) -> None:
         """Count `other` in, `count` times."""
         for rank, load in other.loads.items():
-            total = self.loads.setdefault(rank, Load())
-            total.read += load.read * count
-            total.sent += load.sent * count
-            total.received += load.received * count
-            total.written += load.written * count
+            self.loads.setdefault(rank, Load()).add(load, count)
         for pair, nbytes in other.passed.items():
             self.passed[pair] = self.passed.get(pair, 0) + nbytes * count
         for mine, theirs in ((self.reads, other.reads), (self.writes, other.writes)):
@@ -59,6 +55,15 @@ class _Shape:
 
     number: int
     reads: tuple[StoredTensor, ...]
+
+
+def loads_by_rank(plan: Plan) -> tuple[Load, ...]:
+    """Bytes of every rank over the whole job, without alignment."""
+    loads = tuple(Load() for _ in range(plan.world))
+    for flow, names in flows(plan):
+        for rank, load in flow.loads.items():
+            loads[rank].add(load, len(names))
+    return loads
 
 
 def flows(plan: Plan) -> Iterator[tuple[Flow, tuple[str, ...]]]:

@@ -25,6 +25,7 @@ from reshard.meeting import launched_rank
 from reshard.pictures import Memory, figures_of, page
 from reshard.prepare import prepare
 from reshard.storage import explained
+from reshard.traffic import loads_by_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def plan(command: Command) -> int:
     planned = prepared.plan(world)
     least = least_memory(planned, planned.least_capacity(ALIGN))
     shown = figures_of(planned) if files else None
-    loads = tuple(planned.totals().values()) if shown is None else shown.loads
+    loads = loads_by_rank(planned) if shown is None else shown.loads
     command.say(report.plan_lines(prepared, planned, loads, limit, least))
     if shown is not None:
         memory = Memory(limit, least, planned_memory(limit, planned) if limit >= least else 0)

@@ -25,6 +25,7 @@ from reshard.encodings import ENCODINGS, STEP, decode, encode
 from reshard.families import from_hf
 from reshard.formats import gguf_keys
 from reshard.plan import MAX_BLOCK_BYTES
+from reshard.traffic import loads_by_rank
 from tests.commands import call, done, move, one_line, refused
 from tests.oracles import dcp, gguf, hf, meta, nanotron
 from tests.oracles.compare import (
@@ -263,7 +264,7 @@ def check_bytes(report: dict[str, Any], job: Job, world: int) -> None:
     written = sum(len(raw) for raw in gguf.read(job.target).raw.values())
     assert written <= moved["written"] <= moved["written_bound"]
     width = min(slot.dtype.itemsize for slot in (*plan.source.slots, *plan.target.slots))
-    loads = [plan.totals()[rank] for rank in range(world)]
+    loads = loads_by_rank(plan)
     assert report["by_rank"]["read"] == [load.read for load in loads]
     constants = sum(len(item.data) for item in plan.target.constants)
     assert sum(load.written for load in loads) == written - constants

@@ -134,8 +134,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "units",
         "view",
     },
-    "report": {"assets", "engine", "moves", "plan", "prepare", "units"},
     "traffic": {"geometry", "layout", "moves", "plan"},
+    "report": {"assets", "engine", "moves", "plan", "prepare", "traffic", "units"},
     "pictures": {"geometry", "layout", "moves", "plan", "report", "traffic", "units"},
     "progress": {"logs", "units"},
     "readback": {"distributed", "errors", "manifest", "progress", "storage"},
@@ -279,6 +279,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "serve",
         "storage",
+        "traffic",
         "verify",
     },
     "cli": {

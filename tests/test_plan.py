@@ -27,6 +27,7 @@ from reshard.moves import Load, Move, loads_of
 from reshard.placement import Boxes, Cut, Placement, uncut
 from reshard.plan import Plan
 from reshard.topologies import read_model
+from reshard.traffic import loads_by_rank
 from tests.layouts import cases, config_of, fused, layout_of, layout_pairs
 
 MODES = [("collective", "nearest"), ("collective", "owner"), ("direct", "nearest")]
@@ -242,7 +243,7 @@ def test_each_rank_reads_and_as_owner_writes_only_what_it_owns(plan):
 
 def test_ranks_that_share_a_coordinate_read_alike():
     plan = real_plan("meta2 to hf", 6, "collective", "nearest")
-    totals = plan.totals()
+    totals = dict(enumerate(loads_by_rank(plan)))
     for coordinate in (0, 1):
         read = [totals[rank].read for rank in range(coordinate, 6, 2)]
         assert max(read) <= 1.1 * min(read)
@@ -279,7 +280,7 @@ def on_two_nodes(name: str, world: int, writers: str = "nearest") -> Plan:
 def test_what_a_node_sees_is_dealt_evenly_over_its_ranks(name, world, writers):
     plan = on_two_nodes(name, world, writers)
     expected = {rank: Load() for rank in range(world)} | counted(all_moves(plan), 1)
-    totals = plan.totals()
+    totals = dict(enumerate(loads_by_rank(plan)))
     assert totals == expected
     align = 64
     largest_block = max(largest(counted([move], align)) for move in all_moves(plan))
@@ -339,7 +340,7 @@ def alike_but_for_who_sees_them() -> Plan:
 def test_parameters_that_others_see_put_other_loads_on_ranks():
     plan = alike_but_for_who_sees_them()
     expected = {rank: Load() for rank in range(6)} | counted(all_moves(plan), 1)
-    assert plan.totals() == expected
+    assert dict(enumerate(loads_by_rank(plan))) == expected
     least = max(largest(counted([move], 64)) for move in all_moves(plan))
     assert plan.least_capacity(64) == least
     assert largest(counted([next(plan.moves(0))], 64)) == least
@@ -534,7 +535,7 @@ def test_direct_shares_are_even_up_to_a_block(plan):
 def test_direct_balance_of_real_layouts(name, world):
     plan = real_plan(name, world, "direct", "nearest")
     for kind in ("read", "written"):
-        found = [getattr(load, kind) for load in plan.totals().values()]
+        found = [getattr(load, kind) for load in loads_by_rank(plan)]
         slack = 3 * plan.block_bytes  # a block's copies of kv heads and norms count as well
         assert max(found) <= 1.05 * sum(found) / world + slack
 
@@ -577,7 +578,7 @@ def parameters_alike_but_for_the_coordinates_of_their_shards() -> Plan:
 @example(parameters_alike_but_for_the_coordinates_of_their_shards())
 def test_totals_are_the_sum_over_all_moves(plan):
     expected = {rank: Load() for rank in range(plan.world)} | counted(all_moves(plan), 1)
-    assert plan.totals() == expected
+    assert dict(enumerate(loads_by_rank(plan))) == expected
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -586,7 +587,7 @@ def test_totals_are_the_sum_over_all_moves(plan):
 def test_totals_of_real_layouts_are_the_sum_over_all_moves(name, mode, world, model):
     plan = real_plan(name, world, *mode, **model)
     expected = {rank: Load() for rank in range(world)} | counted(all_moves(plan), 1)
-    assert plan.totals() == expected
+    assert dict(enumerate(loads_by_rank(plan))) == expected
     for layout, kind in ((plan.source, "read"), (plan.target, "written")):
         constants = sum(item.content.nbytes for item in layout.constants)
         moved = sum(getattr(load, kind) for load in expected.values())

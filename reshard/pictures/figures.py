@@ -167,11 +167,7 @@ def _add(
 
 def _add_loads(sums: _Sums, flow: Flow, count: int, step: int) -> None:
     for rank, load in flow.loads.items():
-        total = sums.loads[rank]
-        total.read += load.read * count
-        total.sent += load.sent * count
-        total.received += load.received * count
-        total.written += load.written * count
+        sums.loads[rank].add(load, count)
     for (reader, writer), nbytes in flow.passed.items():
         pair = reader // step, writer // step
         crossing, staying = sums.matrix.get(pair, (0, 0))
