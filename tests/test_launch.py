@@ -162,10 +162,11 @@ def test_the_multinode_script_starts_one_node_of_several(tmp_path: Path) -> None
     given = ["--nnodes", "3", "--node-rank=2", "--master", "127.0.0.1:777", "--id", "one"]
     found = multinode("--dry-run", *given, "--nproc", "4", "--src", "a b", PATH=path)
     assert found.returncode == 0, found.stderr
-    python = "" if (ROOT / ".venv/bin/torchrun").exists() else rf"{tmp_path}/python "
+    own = ROOT / ".venv" / "bin"
+    python = own / "python" if (own / "torchrun").exists() else tmp_path / "python"
     local = r"(--local-addr 127\.0\.0\.1 )?"
     assert re.fullmatch(
-        rf"{python}\S*{ROOT}/launch/torchrun --nnodes 3 --rdzv-backend c10d "
+        rf"{python} {ROOT}/launch/torchrun --nnodes 3 --rdzv-backend c10d "
         r"--rdzv-endpoint 127.0.0.1:777 --rdzv-id one --rdzv-conf is_host=0\\,read_timeout=\d+ "
         rf"{local}--nproc 4 -m reshard --src a\\ b",
         found.stdout.strip(),

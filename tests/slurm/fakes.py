@@ -23,13 +23,13 @@ for ((node = 0; node < SLURM_NNODES; node++)); do
 done
 exit "$highest"
 """
-# Runs until it is told to stop.
+# Runs until it is told to stop, or for a minute.
 HANGING_SRUN = """\
 #!/bin/bash
 echo "srun $*" >>"$FAKE/calls"
 echo $$ >"$FAKE/pid"
 trap 'exit 143' TERM
-while true; do sleep 0.05; done
+for ((waited = 0; waited < 1200; waited++)); do sleep 0.05; done
 """
 ENDING_SRUN = """\
 #!/bin/bash
