@@ -29,14 +29,3 @@ default_ranks() {
     fi
     echo "$found"
 }
-
-run_or_print() { # DRY_RUN COMMAND ...
-    local dry_run=$1
-    shift
-    if [[ $dry_run ]]; then
-        printf '%q ' "$@"
-        echo
-    else
-        exec "$@"
-    fi
-}

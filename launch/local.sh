@@ -28,6 +28,4 @@ if [[ ${1-} =~ ^[1-9][0-9]*$ ]]; then
 else
     ranks=$(default_ranks)
 fi
-(($#)) || set -- --src meta8 --dst tp4
-
-run_or_print "$dry_run" "$HERE/torchrun" --nproc "$ranks" -m reshard "$@"
+exec "$HERE/multinode.sh" ${dry_run:+--dry-run} --nnodes 1 --nproc "$ranks" -- "$@"

@@ -147,4 +147,10 @@ if ((nnodes > 1)); then
         --rdzv-id "${id:-reshard}" --rdzv-conf "is_host=$((node_rank == 0)),read_timeout=180"
         ${local_addr:+--local-addr "$local_addr"})
 fi
-run_or_print "$dry_run" "${command[@]}" --nproc "$nproc" -m reshard "$@"
+command+=(--nproc "$nproc" -m reshard "$@")
+if [[ $dry_run ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+else
+    exec "${command[@]}"
+fi

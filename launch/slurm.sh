@@ -22,9 +22,9 @@ is the program's: 0 done or already done, 1 failed, 2 refused, 143 stopped.
 Options from the environment of sbatch:
   RESHARD_REQUEUE=N    20: how often a job that is stopped before its time limit (SIGUSR1, as the
                        batch files ask Slurm for) is queued again, where it goes on; 0: never
-  RESHARD_LOCAL=1      every node first copies its share of the files in src.path to its own disk
-                       (launch/stage.sh), and the ranks read them there; removed at the end.
-                       Files that are on the nodes' disks already need nothing but src.path
+  RESHARD_LOCAL=1      every node first copies its share of the files in src.path (or --src DIR) to
+                       its own disk (launch/stage.sh), and the ranks read them there; removed at
+                       the end. Files that are on the nodes' disks already need nothing but src.path
   RESHARD_SCRATCH=DIR  where to; default: $TMPDIR, else /tmp. The same path on every node
   RESHARD_STRIPE=N     stripes files of the target over N Lustre targets (-1: all). Files inherit
                        that from the directory that dst.path is in, so it is set there: the
@@ -48,6 +48,16 @@ value_of() { # KEY: the last one counts
     local word found=
     for word in "${arguments[@]}"; do
         [[ $word != "$1="* ]] || found=${word#*=}
+    done
+    echo "$found"
+}
+
+source_spec() { # what --src says; the last one counts
+    local word before='' found=
+    for word in "${arguments[@]}"; do
+        [[ $before != --src ]] || found=$word
+        [[ $word != --src=* ]] || found=${word#*=}
+        before=$word
     done
     echo "$found"
 }
@@ -85,7 +95,7 @@ take_line() {
         target=$(value_of dst.path)/$(basename "$source")
     fi
     set_key dst.path "$target"
-    if [[ " ${arguments[*]} " == *" --src"[\ =]* ]]; then
+    if [[ $(source_spec) ]]; then
         set_key src.path "$source"
     else
         arguments=(--src "$source" "${arguments[@]}")
@@ -103,10 +113,19 @@ add_defaults() {
 
 # --- steps of the job -----------------------------------------------------------------------------
 
-# Runs a command on every node and returns the highest of its exit codes. A USR1 meanwhile ends it
-# by SIGTERM, which goes to its processes: a signal to srun itself would kill them at once.
+# Ends the step under way by SIGTERM to its processes: a signal to srun itself would kill them.
+# Slurm may lose it while they are about to start, even without an error; a second one is harmless.
+tell() {
+    while [[ $pid ]] && kill -0 "$pid" 2>/dev/null; do
+        scancel --signal=TERM "$step" 2>/dev/null || true
+        sleep 1
+    done
+}
+
+# Runs a command on every node and returns the highest of its exit codes. USR1 ends it, whenever it
+# comes: before it is begun here, between the lines, or in `wait`, which returns then.
 run_step() { # COMMAND ...
-    local code=0 pid step=$job.$steps told=
+    pid='' step=$job.$steps
     steps=$((steps + 1))
     ((!stopping)) || return 143
     # When one node fails the others get a minute to end by themselves: killed at once, they would
@@ -114,15 +133,9 @@ run_step() { # COMMAND ...
     srun --kill-on-bad-exit=0 --wait=60 \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$@" &
     pid=$!
-    while true; do
-        code=0
-        wait "$pid" || code=$?
-        kill -0 "$pid" 2>/dev/null || return "$code" # else `wait` came back for the signal
-        while [[ -z $told ]] && kill -0 "$pid" 2>/dev/null; do
-            # A step that has not begun cannot be told yet.
-            if scancel --signal=TERM "$step" 2>/dev/null; then told=1; else sleep 1; fi
-        done
-    done
+    ((!stopping)) || tell
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
+    wait "$pid" # again: bash remembers the code, where the first may have told of the signal
 }
 
 # New directories and files take their striping over from the one they are made in.
@@ -144,11 +157,14 @@ stripe() { # COUNT
     lfs setstripe -c "$1" "$folder" || refuse "RESHARD_STRIPE: lfs setstripe -c $1 $folder failed"
 }
 
-# Each node copies its share of the source; the ranks read the copies.
+# Each node copies its share of the source; the ranks read the copies, since src.path counts more
+# than a directory behind --src.
 stage() {
     local source
     source=$(value_of src.path)
-    [[ -d $source ]] || refuse "RESHARD_LOCAL: src.path=\`$source\` is no directory to copy"
+    [[ $source ]] || source=$(source_spec)
+    [[ -d $source ]] ||
+        refuse "RESHARD_LOCAL: \`$source\` is no directory to copy: give src.path=DIR or --src DIR"
     local_copy=${RESHARD_SCRATCH:-${TMPDIR:-/tmp}}/reshard-$SLURM_JOB_ID
     set_key src.path "$local_copy"
     run_step "$HERE/stage.sh" ${dry_run:+--dry-run} "$source" "$local_copy"
@@ -191,9 +207,9 @@ done
 # Of an array, the id of the first task to be submitted is that of all; this names one task.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-stopping=0 steps=0 local_copy='' dry_run=${RESHARD_DRY_RUN:+1}
+stopping=0 steps=0 step='' pid='' local_copy='' dry_run=${RESHARD_DRY_RUN:+1}
 [[ ${RESHARD_DRY_RUN-} != 0 ]] || dry_run=
-trap 'stopping=1' USR1
+trap 'stopping=1; tell' USR1
 
 arguments=("$@")
 [[ -z $list ]] || take_line

@@ -12,7 +12,7 @@ FLAGS = {
     "inspect": ("json", "checksums", "debug"),
     "verify": ("cast", "load", *LOGS),
     "fit": ("src", "gpus", "context", "batch", "json", "debug"),
-    "serve": ("jobs", "watch", "src", "dst", "poll", "once", *LOGS),
+    "serve": ("jobs", "watch", "src", "dst", "poll", "once", "force", *LOGS),
 }
 VERBS = tuple(FLAGS)
 DESCRIPTION = """\
@@ -70,7 +70,7 @@ FIT = """\
 Says which layouts a model fits on some GPUs, for which use, best first, and the commands to run.
 
   python -m reshard fit --src /ckpt/Llama-3.3-70B --gpus 10xL40
-  python -m reshard fit --src hf src.model=llama3-70b --gpus 2x8xH100 --context 32768 --batch 8
+  python -m reshard fit --src hf src.model=llama3.3-70b --gpus 2x8xH100 --context 32768 --batch 8
 
 --gpus is a number and a name (10xL40), a number and a size (10x48GiB), or nodes before both
 (2x8xH100). SPEC is the checkpoint's directory, or a topology with src.model=NAME where there is
@@ -80,13 +80,15 @@ SERVE = """\
 One process group that does job after job, so that starting is paid once.
 
   launch/torchrun --nproc 8 --max-restarts 100 -m reshard serve --jobs DIR
-  mv job.yaml DIR/queued/                        whenever there is one: what --config takes
+  echo '{src: {path: /ckpt/a}, dst: {topology: hf, path: /out/a}}' >a.yaml && mv a.yaml DIR/queued/
 
   queued/ -> running/ -> done/ or failed/        NAME.yaml goes this way, in the order of names;
-                                                 NAME.json beside it is the report, or the error
+                                                 NAME.json beside it is the report, or the error;
+                                                 mended and moved back to queued/ it is done again
   status.json                                    what the service does, and when it last said so
 
-A job that fails ends only itself. SIGTERM ends the service with 0 within a second or two; the job
+A job file is what --config takes. A job that fails ends only itself; --once ends with 0 whatever
+became of the jobs. SIGTERM ends the service with 0 within a second or two; the job
 under way stays in running/ and the next start goes on with it, as after a kill. Several services
 may share a directory. KEY=VALUE below engine is for all jobs; engine.backend and engine.timeout are
 the service's own.
@@ -115,7 +117,7 @@ def verb_of(words: Sequence[str]) -> str | None:
 def parser(verb: str | None) -> argparse.ArgumentParser:
     """Flags of all verbs, of which `--help` shows those that belong to what it tells."""
     made = _Parser(
-        prog="reshard",
+        prog=f"reshard {verb}" if verb in HELP else "reshard",
         description=HELP.get(verb or "", DESCRIPTION),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -125,6 +127,7 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
     def flag(name: str, text: str, *short: str, **options: object) -> None:
         place = name.removeprefix("--").replace("-", "_")
         told = text if place in shown else argparse.SUPPRESS
+        told = told.rpartition(": ")[2] if verb in HELP else told  # whose flag it is, is plain
         made.add_argument(*short, name, help=told, **options)  # type: ignore[arg-type]
 
     made.add_argument(
@@ -143,7 +146,7 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
     flag("--checksums", "inspect: run the directory's checklist.chk", action="store_true")
     flag("--cast", "verify A B: compare A's values after B's dtype", action="store_true")
     flag("--load", "verify DIR: open it with its format's own library", action="store_true")
-    flag("--force", "run: replace or discard what is in the way", action="store_true")
+    flag("--force", "run, serve: replace or discard what is in the way", action="store_true")
     flag("--gpus", "fit: 4xH100, 10x48GiB or 2x8xH100", metavar="GPUS")
     flag("--context", "fit: tokens of a sequence (the model's)", metavar="N", type=int)
     flag("--batch", "fit: sequences at a time (1)", metavar="N", type=int)

@@ -38,21 +38,23 @@ class Arrivals:
 
     def look(self) -> Iterator[Path]:
         """The checkpoints that are complete since the last look, each taken once it was handled."""
+        before, self._seen = self._seen, {}
         for path in _folders(self.root):
-            made = path.stat().st_mtime_ns
-            if self._taken.get(path.name) == made or not _is_complete(path):
+            made = _made(path)
+            if made is None or self._taken.get(path.name) == made or not _is_complete(path):
                 continue
             now = _signature(path)
-            if self._seen.get(path.name) != now:
+            if before.get(path.name) != now:
                 self._seen[path.name] = now
                 continue
             yield path
             self._take(path.name, made)
 
     def _take(self, name: str, made: int) -> None:
-        """Remember a checkpoint, also for later services."""
+        """Remember a checkpoint, also for later services; others may have taken some meanwhile."""
+        if self.listed.exists():
+            self._taken |= common.read_json(self.listed)
         self._taken[name] = made
-        self._seen.pop(name, None)
         write_whole(self.listed, as_json(self._taken))
 
 
@@ -64,6 +66,14 @@ def _folders(root: Path) -> list[Path]:
         (path for path in found if ".partial-" not in path.name),
         key=lambda path: (int("".join(filter(str.isdecimal, path.name)) or "0"), path.name),
     )
+
+
+def _made(folder: Path) -> int | None:
+    """When something was last added to a folder; None where it is gone."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _is_complete(path: Path) -> bool:

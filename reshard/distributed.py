@@ -151,9 +151,11 @@ class Ranks:
         """Have an error of another thread end all ranks, even while this one's main thread waits.
 
         Alone there is nobody to wait for: the main thread will come upon it. In a service the ranks
-        live on: they settle it when they meet.
+        live on: they settle it when they meet. That another rank is gone is for the watcher to say,
+        who will know which.
         """
-        if self.world > 1 and self._watcher.farewell is None:
+        lasting = self._watcher.farewell is not None or isinstance(error, PeerError)
+        if self.world > 1 and not lasting:
             self._watcher.trouble(*told(error))
 
     def at_exit(self, cleanup: Callable[[], object]) -> None:
@@ -250,6 +252,8 @@ class Ranks:
         activity.waiting = True
         try:
             call()
+        except torch.OutOfMemoryError:
+            raise MemoryError from None
         except RuntimeError as error:
             raise PeerError(
                 f"lost contact with another rank in phase `{activity.phase}` ({first_line(error)})"

@@ -1,14 +1,15 @@
 """A source whose files lie on the disks of several machines, looked at as if it were one directory.
 
 Each rank first looks at the source alone. Where that fails for one, or they find different things,
-each makes a view in which all files stand. What a scan wants to know of weights that are not here
-(where tensors lie, a few rows) is noted; ranks that see them tell all others, and all scan again,
-until nothing is wanted. The bytes of weights cross later, as the plan says.
+each makes a view in which all files stand. Small files that some format reads must be the same
+wherever they are, and are copied. What a scan wants to know of weights that are not here (where
+tensors lie, a few rows) is noted; ranks that see them tell all others, and all scan again, until
+nothing is wanted. The bytes of weights cross later, as the plan says.
 """
 
 import hashlib
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,18 @@ from reshard.sources import Source, source_of
 from reshard.telling import HeaderOf, Want, answers, piece_bytes, spread
 from reshard.view import View, made, through, within
 
+# What formats read beside the weights, other than what is carried to the target.
+READ = (
+    common.CONFIG,
+    common.MANIFEST,
+    "params.json",
+    "model_config.json",
+    "latest.txt",
+    "train_params.yaml",
+    ".metadata",
+)
+INDEX = ".index.json"
+
 
 def look_together(side: Side, meeting: Meeting) -> tuple[Source, View | None]:
     """The source of a job, as all ranks see it together; with a view where that takes one."""
@@ -31,7 +44,7 @@ def look_together(side: Side, meeting: Meeting) -> tuple[Source, View | None]:
         mine = look(side.path, _around())
         sights = compared(mine, meeting)
         if mine is not None and sights is not None:
-            view = made(side.path, mine, sights, meeting)
+            view = made(side.path, mine, sights, whole_everywhere(sights), meeting)
             with through(view):
                 return _scan_together(replace(side, path=view.root), view, meeting), view
     return meeting.together(lambda: _required(found)), None
@@ -83,6 +96,16 @@ def _around() -> list[str]:
         for part in ("", common.ASSETS)
         for name in names
     )
+
+
+def whole_everywhere(names: Iterable[str]) -> set[str]:
+    """Those of some files that a format reads or carries as they are."""
+    known = {*formats.asset_names(), *READ}
+    return {
+        name
+        for name, last in ((name, os.path.basename(name)) for name in names)
+        if last in known or last.endswith(INDEX) or last.upper().startswith(assets.LEGAL_TEXTS)
+    }
 
 
 def _scan_together(side: Side, view: View, meeting: Meeting) -> Source:

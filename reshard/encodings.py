@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from reshard.errors import ConfigError, LayoutError
+from reshard.errors import ConfigError
 
 # Elements that are coded at a time: the codecs of `gguf` take up to ten times the memory of these.
 STEP = 1 << 16
@@ -71,16 +71,6 @@ def stored_bytes(shape: Sequence[int], dtype: torch.dtype, encoding: Encoding | 
     """Bytes that a tensor takes in its file."""
     numel = math.prod(shape)
     return numel * dtype.itemsize if encoding is None else encoding.size(numel)
-
-
-def require(encoding: Encoding, shape: Sequence[int], what: str) -> None:
-    """Refuse a tensor whose rows are no whole blocks, or a codec that is not installed."""
-    if shape[-1] % encoding.block:
-        raise LayoutError(
-            f"{what}: rows of {shape[-1]} elements are no whole {encoding.name} blocks of "
-            f"{encoding.block}; use dst.dtype=bfloat16, float16 or float32"
-        )
-    require_codecs()
 
 
 def require_codecs() -> None:

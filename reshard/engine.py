@@ -7,7 +7,7 @@ do not meet.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -35,6 +35,7 @@ from reshard.moves import Message, Move, wire_itemsize
 from reshard.packing import Packed, copies, packed, plain
 from reshard.plan import Plan
 from reshard.storage import Files
+from reshard.units import size_text
 
 RESERVED_BYTES = 12 << 20
 MAX_ROUND_BYTES = 16 << 20
@@ -65,6 +66,12 @@ class Counters:
     exchanged: int = 0
     written: int = 0
     resumed: int = 0
+
+    def text(self) -> str:
+        """For a person."""
+        return ", ".join(
+            f"{item.name} {size_text(getattr(self, item.name))}" for item in fields(self)
+        )
 
 
 @dataclass(slots=True)

@@ -37,6 +37,7 @@ class Answer:
 
     subject: Subject
     gpus: Gpus
+    wish: Wish
     sections: tuple[Section, ...]
 
     @property
@@ -70,7 +71,7 @@ class Answer:
         subject, gpus = self.subject, self.gpus
         whose = "as CUDA gives it" if gpus.known else "as given"
         found = [
-            *_first(self.best, gpus),
+            *_first(self.best, gpus, self.wish),
             "",
             *folded(subject.model.describe(), "model ", 6),
             f"      {subject.elements:,} parameters, {gib(subject.nbytes)} in {subject.dtype}"
@@ -96,7 +97,7 @@ def fit(source: Side, request: Request) -> Answer:
         huggingface.section(subject, gpus, wish),
         training.section(subject, gpus, request.context),
     )
-    return Answer(subject, gpus, sections)
+    return Answer(subject, gpus, wish, sections)
 
 
 def _require(flag: str, value: int | None, most: int) -> None:
@@ -114,7 +115,7 @@ def _wish(subject: Subject, request: Request) -> Wish:
     return Wish(DEFAULT_CONTEXT, request.batch, False, "no config says the model's")
 
 
-def _first(best: Row | None, gpus: Gpus) -> list[str]:
+def _first(best: Row | None, gpus: Gpus, wish: Wish) -> list[str]:
     """The lines to be read if no others are."""
     if best is None:
         return [f"nothing fits {gpus}: why, and what would, is said below"]
@@ -122,7 +123,13 @@ def _first(best: Row | None, gpus: Gpus) -> list[str]:
     lines: list[str] = []
     for lead, words in zip(leads, best.commands, strict=True):
         lines += wrapped(words, lead, 6)
-    return [*lines, f"      = {best.name}"]
+    if best.check:
+        lines += wrapped(best.check, "check:", 6)
+    lines.append(f"      = {best.name}")
+    if best.context is not None and best.context < wish.context:
+        short = f"context {best.context:,}, shortened to what fits: {wish.context:,} is {wish.why}"
+        lines += folded(short, "      ", 6)
+    return lines
 
 
 def _section_lines(part: Section) -> list[str]:

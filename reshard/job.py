@@ -284,7 +284,7 @@ class _Run:
         seconds["total"] = time.monotonic() - self.begun
         self.ranks.phase("report")
         mine = Figures(counters, memory_of("VmHWM"), self.import_rss)
-        LOG.debug("%s; peak memory %s", counters, size_text(mine.peak_rss))
+        LOG.debug("%s; peak memory %s", counters.text(), size_text(mine.peak_rss))
         path = self.workspace.target
         return Report(
             plan=self.plan,

@@ -12,6 +12,8 @@ import contextlib
 import json
 import os
 import time
+import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +26,15 @@ STATUS = "status.json"
 SUFFIX = ".yaml"
 # Whoever writes a job file in place, and not under another name first, has begun it by now.
 EMPTY_SECONDS = 60.0
+MAX_NAME_BYTES = 200  # what is made of a name has to be a file's name too
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A job that is ours: its name, its file, and how often it was begun, this time included."""
+    """A job that is ours: its name, its file, and how often it was begun, this time included.
+
+    A name that cannot be printed, or is too long, is changed.
+    """
 
     name: str
     path: Path
@@ -54,9 +60,10 @@ class JobFiles:
     def claimed(self) -> Iterator[Claim | None]:
         """The next job, for as long as the context lasts: one that was left first; None if none."""
         for state in (RUNNING, QUEUED):
-            for name in self._names(state):
+            for file in self._names(state):
+                name = _plain(file)
                 with storage.locked(self.folder / RUNNING / f"{name}.lock") as ours:
-                    path = self._take(name, state) if ours else None
+                    path = self._take(file, name, state) if ours else None
                     if path is not None:
                         yield Claim(name, path, self._begun(name))
                         return
@@ -64,7 +71,7 @@ class JobFiles:
 
     def add(self, name: str, text: str) -> None:
         """Queue a job."""
-        write_whole(self.folder / QUEUED / f"{name}{SUFFIX}", text)
+        write_whole(self.folder / QUEUED / f"{_plain(name)}{SUFFIX}", text)
 
     def end(self, claim: Claim, state: str, record: Mapping[str, object]) -> None:
         """Say what came of a job, and bring it to its last folder."""
@@ -80,22 +87,30 @@ class JobFiles:
         """Write the status file, which readers find whole."""
         write_whole(self.folder / STATUS, as_json(record))
 
+    def strays(self) -> list[str]:
+        """What lies among the queued jobs and is none; hidden files are somebody's own."""
+        jobs = {f"{name}{SUFFIX}" for name in self._names(QUEUED)}
+        with storage.explained("list", self.folder / QUEUED):
+            found = os.listdir(self.folder / QUEUED)
+        return sorted(name for name in found if name not in jobs and not name.startswith("."))
+
     def _names(self, state: str) -> list[str]:
         """The jobs in a state; files that are hidden, or of another kind, are no jobs."""
         with storage.explained("list", self.folder / state):
-            found = [entry.name for entry in os.scandir(self.folder / state) if entry.is_file()]
+            found = [entry.name for entry in os.scandir(self.folder / state) if _is_file(entry)]
         jobs = (name for name in found if name.endswith(SUFFIX) and not name.startswith("."))
         return sorted(name.removesuffix(SUFFIX) for name in jobs)
 
-    def _take(self, name: str, state: str) -> Path | None:
+    def _take(self, file: str, name: str, state: str) -> Path | None:
         """Bring a job to running/; None where it is gone, or still being written."""
+        found = self.folder / state / f"{file}{SUFFIX}"
         running = self.folder / RUNNING / f"{name}{SUFFIX}"
         try:
-            status = (self.folder / state / running.name).stat()
+            status = found.stat()
             if not status.st_size and time.time() - status.st_mtime < EMPTY_SECONDS:
                 return None
-            if state == QUEUED:
-                storage.rename(self.folder / QUEUED / running.name, running)
+            if found != running:
+                storage.rename(found, running)
         except (FileNotFoundError, StorageError):
             return None
         return running
@@ -116,10 +131,26 @@ class JobFiles:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that nobody sees a part of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{uuid.uuid4().hex}")
     with storage.explained("write", aside):
         aside.write_text(text, encoding="utf-8")
     storage.rename(aside, path)
+
+
+def _is_file(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a symlink that leads round in a circle
+        return False
+
+
+def _plain(name: str) -> str:
+    """A name that can be printed, and be part of others."""
+    printed = "".join(character if character.isprintable() else "_" for character in name)
+    if printed == name and len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    start = printed.encode()[: MAX_NAME_BYTES // 2].decode(errors="ignore")
+    return f"{start}-{zlib.crc32(os.fsencode(name)):08x}"
 
 
 def as_json(record: Mapping[str, object]) -> str:

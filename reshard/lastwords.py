@@ -19,10 +19,10 @@ def report_failure(message: str) -> None:
 
 
 def within_a_second(work: Callable[[], object]) -> None:
-    """Print or flush, unless nobody listens any more, or somebody who does not read."""
+    """Print, flush or write, unless nobody listens any more, or somebody who does not read."""
 
     def try_it() -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(Exception):
             work()
 
     thread = threading.Thread(target=try_it, name="last words", daemon=True)

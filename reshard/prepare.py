@@ -118,8 +118,6 @@ class _Begun:
 
 def _begin(config: JobConfig, source: Source) -> _Begun:
     """Look at the target, and refuse what does not go together."""
-    if any(slot.encoding is not None for slot in source.layout.slots):
-        require_codecs()
     target_format, options, dtype = target_of(config)
     if options.encoding is not None:
         target_format.require_encoding(options.encoding, config.target.path)
@@ -128,6 +126,8 @@ def _begin(config: JobConfig, source: Source) -> _Begun:
     model, parameters = _cast(source, dtype)
     stored, _ = formats.padded(target_format, parameters, model, options)
     target = formats.laid_out(target_format, parameters, model, options)
+    if any(slot.encoding is not None for slot in (*source.layout.slots, *target.slots)):
+        require_codecs()
     check_covered(source.layout)
     check_same_parameters(source.layout, target)
     return _Begun(source, target_format, options, dtype, model, stored, parameters, target)

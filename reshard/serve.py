@@ -11,73 +11,29 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 
 from reshard import config as configuration
 from reshard import job, yamltext
 from reshard.arrivals import Arrivals
-from reshard.config import JobConfig
 from reshard.distributed import Ranks
-from reshard.errors import ConfigError, PeerError, ReshardError, StorageError, told
+from reshard.errors import (
+    ConfigError,
+    PeerError,
+    ReshardError,
+    StorageError,
+    printable,
+    told,
+)
 from reshard.families.model import Json
 from reshard.jobfiles import DONE, FAILED, Claim, JobFiles
+from reshard.orders import Request, branch
 from reshard.smallfiles import discard_scratch
 
-MAX_STARTS = 3
+MAX_STARTS = 5
 WATCHED = "watched.json"
-STATUS_SECONDS = 5.0
+STATUS_SECONDS, PAUSE_SECONDS = 5.0, 0.5
 OVER = ""
-MIN_POLL, MAX_POLL = 0.01, 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a service is to do.
-
-    `tree` holds the keys that the command line gives: those below `engine` are for all jobs, the
-    others for what is found below `watch`. `poll` is in seconds; with `once` an empty queue is the
-    end.
-    """
-
-    jobs: Path
-    tree: Mapping[str, Json]
-    watch: Path | None = None
-    poll: float = 2.0
-    once: bool = False
-
-    def checked(self) -> JobConfig:
-        """The configuration of the service; what would make every job fail is refused."""
-        source, target = (dict(_branch(self.tree, side)) for side in ("src", "dst"))
-        if self.watch is None and (source or target):
-            raise ConfigError(
-                "serve: src and dst come from the job files, or give --watch SRC_ROOT as well"
-            )
-        if self.watch is not None and not (target.get("path") and target.get("topology")):
-            raise ConfigError(
-                "serve --watch: where to? give --dst SPEC dst.path=DIR; every checkpoint goes to a "
-                "folder of its own name in it"
-            )
-        if source.get("path"):
-            raise ConfigError("serve --watch: leave src.path out: it is what appears in SRC_ROOT")
-        if not MIN_POLL <= self.poll <= MAX_POLL:
-            raise ConfigError(f"--poll: {self.poll:g}, expected {MIN_POLL:g} to {MAX_POLL:g} s")
-        return configuration.of_tree(self.tree)
-
-    def job_of(self, checkpoint: Path) -> dict[str, Json]:
-        """The job that a checkpoint becomes."""
-        folder = Path(str(_branch(self.tree, "dst")["path"]))
-        paths: dict[str, Json] = {
-            "src": {"path": str(checkpoint.absolute())},
-            "dst": {"path": str(folder / checkpoint.name)},
-        }
-        return configuration.merged([self.tree, paths])
-
-
-def _branch(tree: Mapping[str, Json], name: str) -> Mapping[str, Json]:
-    branch = tree.get(name)
-    return branch if isinstance(branch, dict) else {}
 
 
 def serve(request: Request, ranks: Ranks, say: Callable[[str], None], *, verbose: bool) -> None:
@@ -105,6 +61,7 @@ class _Service:
         self._held = contextlib.ExitStack()
         self._state, self._since = "idle", _now()
         self._writing = threading.Lock()
+        self._told: set[str] = set()
 
     def open(self) -> None:
         """Make the queue, and look that it can be used."""
@@ -114,7 +71,8 @@ class _Service:
         if self._request.watch is not None:
             self._arrivals = Arrivals(self._request.watch, self._request.jobs / WATCHED)
         self._enter("idle")
-        self._say(f"serving {self._request.jobs} on {self._ranks.world} ranks")
+        world = self._ranks.world
+        self._say(f"serving {self._request.jobs} on {world} rank{'s' * (world > 1)}")
 
     # Between jobs.
 
@@ -126,17 +84,36 @@ class _Service:
 
     def _find(self) -> str | None:
         """Claim a job; without one, wait a while."""
-        for checkpoint in self._arrivals.look() if self._arrivals is not None else ():
-            name = f"{checkpoint.parent.name}-{checkpoint.name}"
-            self._files.add(name, yamltext.written(self._request.job_of(checkpoint)))
+        self._take_arrivals()
+        for name in self._files.strays():
+            self._once(f"queued/{name}: is left alone: a job is a file whose name ends with .yaml")
         self._claim = self._held.enter_context(self._files.claimed())
         if self._claim is not None:
             self._enter("running")
             return self._claim.name
         if self._request.once and not (self._arrivals is not None and self._arrivals.pending):
             return OVER
-        time.sleep(self._request.poll)
+        self._held.close()
+        until = time.monotonic() + self._request.poll
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, PAUSE_SECONDS))
+            self._ranks.step()
         return None
+
+    def _take_arrivals(self) -> None:
+        """Make jobs of new checkpoints; a run's folder that is gone may come back."""
+        try:
+            for checkpoint in self._arrivals.look() if self._arrivals is not None else ():
+                name = f"{checkpoint.parent.resolve().name}-{checkpoint.name}".lstrip(".-")
+                self._files.add(name, yamltext.written(self._request.job_of(checkpoint)))
+        except StorageError as error:
+            self._once(f"warning: {error}; it is looked for again")
+
+    def _once(self, line: str) -> None:
+        """Say what would be the same at every look."""
+        if line not in self._told:
+            self._told.add(line)
+            self._say(printable(line))
 
     # A job.
 
@@ -168,9 +145,10 @@ class _Service:
                 "leave the key out of job files"
             )
         say = self._say if self._first and self._verbose else lambda line: None
-        report = job.run(config, ranks, force=False, say=say)
+        report = job.run(config, ranks, force=self._request.force, say=say)
+        found = report.record(), report.last_line()
         ranks.barrier("job done")  # an error after this would be the next job's
-        return report.record(), report.last_line()
+        return found
 
     def _tree(self) -> dict[str, Json]:
         """The job file with the engine's keys of the command line."""
@@ -182,7 +160,9 @@ class _Service:
                 f"the service ended {MAX_STARTS} times in the middle of this job; see its log, "
                 "then put the file back into queued/"
             )
-        engine = {"engine": dict(_branch(self._request.tree, "engine"))}
+        engine = {"engine": dict(branch(self._request.tree, "engine"))}
+        if not claim.path.stat().st_size:
+            raise ConfigError(f"`{claim.path.name}` is empty; write src and dst into it")
         return configuration.merged([yamltext.read(claim.path), engine])
 
     def _settled(self, error: Exception) -> ReshardError:
@@ -221,13 +201,18 @@ class _Service:
         thread = threading.Thread(target=write, name="status", daemon=True)
         if self._first:
             thread.start()
+        state = "failed"
         try:
             yield
+            state = "over"
+        except KeyboardInterrupt:
+            state = "stopped"
+            raise
         finally:
             over.set()
             if self._first:
                 thread.join()
-                self._enter("over")
+                self._enter(state)
 
     def farewell(self) -> None:
         """Leave in good order when the service is stopped; called in the watcher's thread."""

@@ -68,7 +68,10 @@ def beside(root: Path, name: str) -> Path:
 
 
 def _below(root: Path) -> Iterator[str]:
-    """The relative paths of all files; symlinks are followed, but not back to where they are."""
+    """The relative paths of all files; symlinks are followed, but not back to where they are.
+
+    Hidden directories are left out: what downloads leave in them differs on any two machines.
+    """
     pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while pending:
         prefix, above = pending.pop()
@@ -77,7 +80,7 @@ def _below(root: Path) -> Iterator[str]:
                 yield prefix + entry.name
                 continue
             folder = os.path.realpath(entry.path)
-            if folder not in above:
+            if folder not in above and not entry.name.startswith("."):
                 pending.append((f"{prefix}{entry.name}/", (*above, folder)))
 
 

@@ -22,6 +22,7 @@ from reshard.engine import least_memory, planned_memory
 from reshard.errors import ConfigError
 from reshard.formats.common import MANIFEST
 from reshard.meeting import launched_rank
+from reshard.orders import Request
 from reshard.pictures import Memory, figures_of, page
 from reshard.prepare import prepare
 from reshard.storage import explained
@@ -187,12 +188,13 @@ def serve(command: Command) -> int:
     if flags.jobs is None:
         raise ConfigError("serve: which queue? give --jobs DIR")
     tree = configuration.tree_of(flags.src, flags.dst, command.overrides, None)
-    request = service.Request(
+    request = Request(
         jobs=Path(flags.jobs),
         tree=tree,
         watch=Path(flags.watch) if flags.watch is not None else None,
         poll=flags.poll if flags.poll is not None else 2.0,
         once=flags.once,
+        force=flags.force,
     )
     met = command.meet(request.checked())
     service.serve(request, met, lambda line: command.say([line]), verbose=flags.verbose)

@@ -1,8 +1,8 @@
 """A rank's view of a source whose files lie on the disks of several machines: one directory of all.
 
     files that the rank sees        links
-    small ones that it does not     copies
-    weights that it does not        hollow files of their size and time, of which nothing is read
+    small ones that it does not     copies, of those that some format reads
+    all else that it does not       hollow files of their size and time, of which nothing is read
 
 It stands in a scratch place, below the names of directories that the source has.
 """
@@ -10,7 +10,7 @@ It stands in a scratch place, below the names of directories that the source has
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -33,23 +33,25 @@ from reshard.telling import (
     spread,
 )
 
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".gguf", ".distcp")
-# What must be the same on all machines that have it; of other small files any will do.
-TEXTS = (".json", ".model", ".jinja", ".txt", ".yaml", ".metadata")
-MAX_COPIED_BYTES, MAX_ALL_BYTES = 512 << 20, 1 << 30  # a `.metadata` may have the first
+# Each rank copies them: a `.metadata` may have 512 MiB, a manifest 128, a tokenizer 64.
+MAX_SMALL_BYTES = 768 << 20
 
 T = TypeVar("T")
 
 
 @dataclass
 class View:
-    """A rank's view of a source: `path` as the user named it, `root` where all its files stand."""
+    """A rank's view of a source: `path` as the user named it, `root` where all its files stand.
+
+    `small` are the names of the files that are whole on every rank.
+    """
 
     path: Path
     root: Path
     rank: int
     world: int
     sights: Mapping[str, Sight]
+    small: Set[str]
     shown: Sequence[tuple[str, str]]
     scratch: SmallFiles
     wants: set[Want] = field(default_factory=set)
@@ -59,7 +61,7 @@ class View:
         """The file that stands at `path` in this view without being here."""
         name = os.path.relpath(path, self.root)
         sight = self.sights.get(name)
-        here = sight is None or self.rank in sight.ranks or not _is_weights(name)
+        here = sight is None or self.rank in sight.ranks or name in self.small
         return None if here else _Absent(self, name)
 
     def told(self, told: Sequence[tuple[Want, Answer]]) -> None:
@@ -159,8 +161,10 @@ def within(view: View | None, work: Callable[[], T]) -> Callable[[], T]:
     return inside
 
 
-def made(path: Path, mine: Listing, sights: Mapping[str, Sight], meeting: Meeting) -> View:
-    """Make this rank's view; the ranks do so together."""
+def made(
+    path: Path, mine: Listing, sights: Mapping[str, Sight], small: Set[str], meeting: Meeting
+) -> View:
+    """Make this rank's view, with copies of those of `small` that it lacks; all ranks do so."""
     scratch = SmallFiles()
     base = scratch.folder()
     # Names of directories tell releases, so all take those of the first rank that sees any file.
@@ -171,9 +175,9 @@ def made(path: Path, mine: Listing, sights: Mapping[str, Sight], meeting: Meetin
     for other, _ in seen:
         shown += [(f"{other}{name}", str(path)) for name in (given, real)]
         shown.append((other, ""))
-    sights = _agreed(sights, path, mine, meeting)
+    sights = _agreed(sights, small, path, mine, meeting)
     root = Path(f"{base}{given}")
-    view = View(path, root, meeting.rank, len(seen), sights, shown, scratch)
+    view = View(path, root, meeting.rank, len(seen), sights, small, shown, scratch)
     storage.make_directory(Path(f"{base}{real}"))
     if given != real:
         _link(Path(f"{base}{real}"), root)
@@ -187,25 +191,21 @@ def made(path: Path, mine: Listing, sights: Mapping[str, Sight], meeting: Meetin
 
 
 def _agreed(
-    sights: Mapping[str, Sight], root: Path, mine: Listing, meeting: Meeting
+    sights: Mapping[str, Sight], small: Set[str], root: Path, mine: Listing, meeting: Meeting
 ) -> dict[str, Sight]:
-    """The same without small files that are several: times may differ, texts may not."""
-    doubtful = [name for name, found in sights.items() if found.others and name.endswith(TEXTS)]
+    """The same without small files that are several: times may differ, bytes may not."""
+    doubtful = [name for name in sorted(small) if sights[name].others]
 
     def own() -> dict[str, str]:
         return {name: _digest(beside(root, name)) for name in doubtful if name in mine}
 
     digests = meeting.gather(meeting.together(own))
     agreed = dict(sights)
-    for name, sight in sights.items():
-        if not sight.others or _is_weights(name):
-            continue
-        ranks = sight.ranks
-        if name in doubtful:
-            if len({table[name] for table in digests if name in table}) > 1:
-                raise CheckpointError(f"`{root / name}`: {sight.conflict()}")
-            ranks = tuple(rank for rank, table in enumerate(digests) if name in table)
-        agreed[name] = replace(sight, ranks=ranks, others=())
+    for name in doubtful:
+        if len({table[name] for table in digests if name in table}) > 1:
+            raise CheckpointError(f"`{root / name}`: {sights[name].conflict()}")
+        ranks = tuple(rank for rank, table in enumerate(digests) if name in table)
+        agreed[name] = replace(sights[name], ranks=ranks, others=())
     return agreed
 
 
@@ -218,18 +218,13 @@ def _digest(path: Path) -> str:
 
 def _copy_small_files(view: View, meeting: Meeting) -> None:
     """Give all ranks the small files that some of them see."""
-    small = {
-        name: sight
-        for name, sight in view.sights.items()
-        if len(sight.ranks) < view.world
-        and not _is_weights(name)
-        and sight.size <= MAX_COPIED_BYTES
-    }
+    found = {name: view.sights[name] for name in sorted(view.small)}
+    small = {name: sight for name, sight in found.items() if len(sight.ranks) < view.world}
     total = sum(sight.size for sight in small.values())
-    if total > MAX_ALL_BYTES:
+    if total > MAX_SMALL_BYTES:
         raise CheckpointError(
             f"`{view.path}`: {total:,} bytes of small files that not all ranks see, expected "
-            f"{MAX_ALL_BYTES:,} at most; name a directory that holds the checkpoint alone"
+            f"{MAX_SMALL_BYTES:,} at most; name a directory that holds the checkpoint alone"
         )
 
     def own() -> Iterator[tuple[str, int, bytes]]:
@@ -258,7 +253,3 @@ def _fill(path: Path, sight: Sight, chunks: Sequence[tuple[int, bytes]]) -> None
     storage.create(path, sight.size, chunks)
     with storage.explained("create", path):
         os.utime(path, ns=(sight.mtime_ns, sight.mtime_ns))
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith(WEIGHTS)

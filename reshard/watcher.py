@@ -277,8 +277,9 @@ class Watcher(threading.Thread):
 
     def leave(self, code: int) -> None:
         """End this process at once, whatever its other threads wait for."""
-        goodbyes = [self.farewell] if code == 0 and self.farewell is not None else []
-        for cleanup in (*goodbyes, *self.cleanups):
+        if code == 0 and self.farewell is not None:
+            within_a_second(self.farewell)  # the disk that it writes to may hang
+        for cleanup in self.cleanups:
             with contextlib.suppress(Exception):
                 cleanup()
         within_a_second(sys.stdout.flush)

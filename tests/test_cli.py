@@ -171,7 +171,7 @@ def test_a_bug_is_one_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("run", "--world=8", "plan"),
         ("run", "--json", "inspect and fit"),
-        ("plan", "--force", "run"),
+        ("plan", "--force", "run and serve"),
         ("plan", "--report=x", "run"),
         ("inspect", "--src=hf", "run, plan, fit and serve"),
         ("inspect", "--world=0", "plan"),

@@ -320,6 +320,7 @@ COUNTS = {
     "llama3.1-405b": 405_853_388_800,
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
+    "llama3.3-70b": 70_553_706_496,
 }
 
 
@@ -330,7 +331,7 @@ def test_shipped_models_have_the_published_number_of_parameters(name):
     assert sum(whole(parameter.shape).numel for parameter in parameters) == COUNTS[name]
     assert model.dtype in ("bfloat16", "float16")
     assert model.tied == name.startswith("llama3.2")
-    scaled = name.startswith(("llama3.1", "llama3.2"))
+    scaled = name.startswith(("llama3.1", "llama3.2", "llama3.3"))
     assert (model.rope_scaling is not None) == scaled
 
 

@@ -1,5 +1,6 @@
 """Sources of which no rank sees all files: found out, looked at together, read where they are."""
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from reshard import formats
+from reshard.elsewhere import whole_everywhere
 from reshard.sights import look
 from tests import two_nodes
 from tests.commands import done, model, move, one_line, read, write
@@ -20,6 +23,7 @@ from tests.two_nodes import Outcome, Pair, halves, last, part
 
 HELD = model()
 FIRST = "consolidated.00.pth"
+SMALL_FILE = re.compile(r"[\w.]*\.(json|txt|yaml|metadata|jinja|toml)")
 
 
 def scaled() -> Model:
@@ -58,6 +62,9 @@ SPLIT: dict[str, tuple[Callable[[Path], object], str, str, two_nodes.Share]] = {
     "noisy": (lambda path: meta.write(HELD, path, 4, norm_noise=1), "meta4", "tp2", halves),
     "noisy far": (lambda path: meta.write(HELD, path, 4, norm_noise=3), "meta4", "tp2", halves),
 }
+# Small files that may differ: what no format reads, and what a download has left.
+OF_NO_MATTER = ("log", "logs/stats.json", ".cache/huggingface/download/config.json.metadata")
+OF_NO_MATTER += (".cache/config.json",)
 # What is changed on the first node before: such a source is refused.
 REFUSED = {
     "two of one name": r"`src/consolidated.00.pth`: ranks 0-1 see \d+ bytes of 20.*, ranks 2-3 ",
@@ -66,6 +73,7 @@ REFUSED = {
     "none": r"`src/consolidated.00.pth` is missing: found 1 of 2 consolidated files; complete",
     "damaged": r"`src/consolidated.00.pth`: truncated or not a torch zip file: 5000 bytes, but",
     "inside": r"dst.path: `src/below` and the source `src` are one, or one lies in the other",
+    "too large": r"`src`: 900,0\d\d,\d+ bytes of small files that not all ranks see, expected 805,",
     "direct": r"`consolidated.00.pth` is seen by ranks 0-1 alone; use engine.exchange=collective",
 }
 
@@ -85,6 +93,11 @@ def spoiled(case: str, pair: Pair) -> None:
         (one / "params.json").write_text((other / "params.json").read_text() + " ")
     if case == "none":
         (one / FIRST).unlink()
+    if case == "too large":
+        for folder in (one / "step-1", other / "step-2"):
+            folder.mkdir()
+            (folder / ".metadata").touch()
+            os.truncate(folder / ".metadata", 450_000_000)
     if case == "damaged":
         os.truncate(one / FIRST, 5000)
 
@@ -112,10 +125,13 @@ def test_what_two_nodes_hold_becomes_what_one_would_make_of_it(tmp_path: Path) -
 
 
 def with_texts_of_its_own(root: Path) -> None:
-    """Texts on both nodes, one the same but for its time, and one that is of no matter."""
+    """Texts on both nodes, one the same but for its time, and some that are of no matter."""
     shutil.copy(root / "whole" / "params.json", root / "node0" / "src")
     for node in ("node0", "node1"):
-        (root / node / "src" / "log").write_text(node)
+        for name in OF_NO_MATTER:
+            file = root / node / "src" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(node)
 
 
 def with_all_weights(root: Path) -> None:
@@ -191,15 +207,29 @@ def test_a_job_begun_on_two_nodes_is_finished_where_all_is_seen(tmp_path: Path) 
 def test_looking_follows_links_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "src" / "deep").mkdir(parents=True)
     (tmp_path / "blob").write_text("abc")
+    (tmp_path / "src" / ".cache").mkdir()
+    for name in (".cache/file", ".metadata"):
+        shutil.copy2(tmp_path / "blob", tmp_path / "src" / name)
     (tmp_path / "src" / "deep" / "file").symlink_to(tmp_path / "blob")
     (tmp_path / "src" / "deep" / "back").symlink_to(tmp_path / "src")
     (tmp_path / "src" / "round").symlink_to("round")
     os.mkfifo(tmp_path / "src" / "pipe")
     (tmp_path / "current").symlink_to(tmp_path / "src")
     state = (3, (tmp_path / "blob").stat().st_mtime_ns)
-    assert look(tmp_path / "src", ()) == {"deep/file": state}
-    assert look(tmp_path / "current", ("../blob", "../none")) == {
-        "deep/file": state,
-        "../blob": state,
-    }
+    seen = {"deep/file": state, ".metadata": state}
+    assert look(tmp_path / "src", ()) == seen
+    assert look(tmp_path / "current", ("../blob", "../none")) == {**seen, "../blob": state}
     assert look(tmp_path / "nowhere", ()) == {}
+
+
+def test_every_small_file_that_a_format_speaks_of_is_whole_everywhere() -> None:
+    """But for those of which it is only told that they are there, or which are only written."""
+    named = set()
+    for module in Path(formats.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            value = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(value, str) and SMALL_FILE.fullmatch(value):
+                named.add(value)
+    unread = {"checkpoint_metadata.json", "config.yaml", "adapter_config.json"}
+    assert {"model_config.json", "pytorch_model.bin.index.json", ".metadata"} <= named
+    assert named - whole_everywhere(named) == unread

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from reshard import watcher
 from tests import jobs
 from tests.commands import move
 from tests.interrupted import SMALL_ROUNDS, Undisturbed
@@ -197,3 +198,20 @@ def test_trouble_beside_a_rank_that_waits_for_a_slow_one_is_heard_at_once(
         (tmp_path / "reached").unlink()
         assert job.wait(jobs.SOON) == [1, 1]
     assert job.err == f"reshard: the disk of a test has failed; {GO_ON}\n"
+
+
+def far(rank: int, *grief: Any) -> None:
+    """Let a rank be on a machine of its own, and one come to grief there."""
+    watcher._home = lambda: f"machine {rank}"
+    sabotage(rank, *grief)
+
+
+def test_a_rank_of_another_machine_that_dies_is_named(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """No process of it can be looked at: its silence tells, and not that a message got lost."""
+    words = [*move("meta4", undisturbed.source, "tp2", tmp_path / "dst"), SMALL_ROUNDS]
+    grief = (WRITE, 2, 3, "kill")
+    with jobs.start(WORLD, [*words, *MODES["owner"]], tmp_path / "said", far, *grief) as job:
+        assert job.wait(60) == [1, 1, -signal.SIGKILL]
+    assert re.fullmatch(rf"reshard: rank 2 died in phase `[\w ]+`.*; {GO_ON}\n", job.err), job.err

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from reshard import config, families
 from reshard.encodings import ENCODINGS
 from reshard.errors import ConfigError, ReshardError
 from reshard.fit import Answer, Request, fit
-from reshard.fitting import devicemap, runners, vllm
+from reshard.fitting import devicemap, vllm
+from reshard.fitting.case import positions
 from reshard.fitting.gpus import CAPACITY, GIB, parse
 from reshard.fitting.memory import ALLOWANCE, first_share, shares
-from reshard.fitting.rows import Row, Section
+from reshard.fitting.meshes import with_fewer
+from reshard.fitting.rows import Row, Section, about
 from reshard.fitting.subject import Subject, laid_out, subject_of
 from reshard.formats.options import Mesh, Options
 from tests.commands import done
@@ -263,13 +266,72 @@ def test_what_would_do_does_and_nothing_smaller():
     assert not [name for name in fewer if "vLLM" in name]
 
 
-def test_copies_are_named_only_where_one_gpu_suffices():
-    assert (
-        "8 copies (vllm serve --data-parallel-size 8)"
-        in section(imagined("llama3.2-1b", "8xH100"), "inference").said[-1]
+# Replicas
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "flags"),
+    [
+        ("llama3-8b", "8xH100", "--data-parallel-size 8"),
+        ("llama3-8b", "7xH100", "--data-parallel-size 7"),
+        ("llama3-8b", "8xL4", "--tensor-parallel-size 2 --data-parallel-size 4"),
+        ("llama3-8b", "3x1xH100", "--data-parallel-size 3"),
+        ("llama3-70b", "8xH100", "--tensor-parallel-size 4 --data-parallel-size 2"),
+        ("llama3.3-70b", "2x8xH100", "--tensor-parallel-size 4 --data-parallel-size 4"),
+        ("llama3-70b", "2xB200", "--tensor-parallel-size 2"),
+        ("llama3-70b", "2x8xL40", "--tensor-parallel-size 8 --pipeline-parallel-size 2"),
+        ("llama3.3-70b", "4xH100", "--tensor-parallel-size 4"),
+        ("llama3.3-70b", "10xL40", "--tensor-parallel-size 2 --pipeline-parallel-size 5"),
+        ("llama3.1-405b", "2x8xH100", "--tensor-parallel-size 8 --pipeline-parallel-size 2"),
+        ("llama3-8b", "1xL4", ""),
+    ],
+)
+def test_what_fits_a_part_of_a_node_is_replicated_on_all_gpus(name, gpus, flags):
+    answer = imagined(name, gpus)
+    assert answer.best is not None
+    line = " ".join(answer.best.commands[-1])
+    assert line.startswith(" ".join(("vllm serve DIR", flags)).strip() + " --max-model-len ")
+    assert not re.search(r"-parallel-size 1\b", "\n".join(answer.lines()))
+    assert answer.best.gpus == answer.gpus.count
+    said = [line for line in section(answer, "inference").said if "replicas" in line]
+    assert len(said) == (answer.gpus.count > 1)
+    assert all(("no replicas" in line) == ("--data" not in flags) for line in said)
+
+
+def test_replicas_on_several_nodes_are_placed_by_ray_some_on_each():
+    best = imagined("llama3.3-70b", "2x8xH100").best
+    assert best is not None
+    assert " ".join(best.commands[-1]).endswith(
+        "--data-parallel-size-local 2 --data-parallel-backend ray"
     )
-    assert "copies" not in " ".join(imagined("llama3-70b", "4xH100").lines())
-    assert "copies" not in " ".join(imagined("llama3-8b", "1xL4").lines())
+
+
+@pytest.mark.parametrize(("more", "first"), [(1, "-tp 1 -dp 2"), (-1, "-tp 2 ")])
+def test_a_replica_has_as_much_room_for_kv_cache_as_for_weights(more, first):
+    weights = 2 * 8_030_261_248
+    memory = (2 * weights + 2 * GIB) / 0.9 + more * MIB
+    answer = imagined("llama3-8b", f"2x{memory / GIB:.6f}GiB")
+    assert f"vLLM {first}" in names(answer, "inference")[0]
+
+
+def test_each_replica_serves_the_whole_batch_that_is_wanted():
+    room = int(79.1 * GIB * 0.9) - 2 * GIB - 2 * 8_030_261_248
+    batch = room // (8192 * 128 * 1024)
+    fits, more = (imagined("llama3-8b", "8xH100", batch=size) for size in (batch, batch + 1))
+    assert names(fits, "inference")[0] == "hf, vLLM -tp 1 -dp 8 on all 8 GPUs"
+    assert names(more, "inference")[0] == "hf, vLLM -tp 2 -dp 4 on all 8 GPUs"
+    found = row(fits, "inference", "-dp 8")
+    assert found.figures["largest_batch"] == 8 * batch
+    assert f"largest batch at 8,192: 8 x {batch}" in " ".join(found.said)
+    assert found.figures["kv_tokens"] == room // (128 * 1024)
+
+
+def test_a_model_of_nine_heads_is_replicated_not_cut_into_stages(tmp_path):
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}
+    hf.write(build(EVEN | sizes, False, torch.bfloat16, {}), tmp_path / "m")
+    best = asked(str(tmp_path / "m"), "4xH100").best
+    assert best is not None
+    assert best.name == "hf, vLLM -tp 1 -dp 4 on all 4 GPUs"
 
 
 # Contexts and batches
@@ -281,10 +343,49 @@ def test_longest_context_and_largest_batch_are_the_last_that_fit():
     assert row(imagined("llama3-8b", "1xL4", batch=batch), "inference", "vLLM").fits
     more = imagined("llama3-8b", "1xL4", batch=batch + 1, context=8192)
     assert f"KV cache for {tokens:,} tokens" in reasons(more, "inference")["tp1"]
-    exact = imagined("llama3-8b", "1xL4", context=tokens)
+    tokens = row(imagined("llama3.2-3b", "1xT4"), "inference", "vLLM").figures["kv_tokens"]
+    exact = imagined("llama3.2-3b", "1xT4", context=tokens)
     assert row(exact, "inference", "vLLM").figures["context"] == tokens
-    assert "tp1" in reasons(imagined("llama3-8b", "1xL4", context=tokens + 1), "inference")
-    assert "vLLM refuses more" in " ".join(section(exact, "inference").said)
+    assert "tp1" in reasons(imagined("llama3.2-3b", "1xT4", context=tokens + 1), "inference")
+
+
+def test_a_context_beyond_the_models_positions_is_recommended_by_nobody():
+    answer = imagined("llama3-70b", "4xH100", context=8193)
+    said = "the model has 8,192 positions, asked for 8,193"
+    assert answer.lines()[0].startswith("nothing fits 4xH100")
+    for use, runners in (("inference", {"vLLM", "meta", "gguf"}), ("huggingface", {"hf"})):
+        assert not section(answer, use).rows
+        assert set(reasons(answer, use)) == runners
+        assert all(reason.startswith(f"{said}; ") for reason in reasons(answer, use).values())
+    assert reasons(answer, "inference")["vLLM"].endswith("vLLM refuses more")
+    assert imagined("llama3-70b", "4xH100", context=8192).best is not None
+    best = imagined("llama3.3-70b", "4xH100", context=32768).best
+    assert best is not None
+    assert best.commands[-1][-2:] == ("--max-model-len", "32768")
+
+
+def test_llama_3_3_is_llama_3_with_more_positions():
+    older, newer = (imagined(f"llama3{dot}-70b", "4xH100", "meta8") for dot in ("", ".3"))
+    assert newer.subject.elements == older.subject.elements == LLAMA_70B
+    assert names(newer, "inference") == names(older, "inference")
+    # The runner of Llama 3.1 and later has the tokenizer in itself.
+    flags = [" ".join(row(a, "inference", "meta4").commands[-1]) for a in (older, newer)]
+    assert ["--tokenizer_path" in line for line in flags] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "most"),
+    [
+        (None, 4096),
+        ({"rope_type": "linear", "factor": 2.5}, 10240),
+        ({"type": "dynamic", "factor": 2}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 2048}, 4096),
+        ({"rope_type": "llama3", "factor": 8.0}, 4096),
+    ],
+)
+def test_positions_count_the_scaling_that_comes_on_top(scaling, most):
+    assert positions(_known(max_position_embeddings=4096, rope_scaling=scaling)) == most
 
 
 def test_a_context_that_was_not_asked_for_is_shortened():
@@ -294,6 +395,26 @@ def test_a_context_that_was_not_asked_for_is_shortened():
     assert found["context"] <= found["kv_tokens"] < found["context"] + 16
     refused = imagined("llama3.2-3b", "1xT4", context=131072)
     assert "context 131,072 x batch 1" in reasons(refused, "inference")["tp1"]
+
+
+def test_what_serves_a_usual_context_goes_before_what_was_shortened():
+    answer = imagined("llama3-70b", "7x24GiB")
+    contexts = [found.context for found in section(answer, "inference").rows]
+    assert contexts == [8192, 8192, 8192, 2640]
+    assert answer.best is row(answer, "inference", "gguf bfloat16")
+    assert "shortened" not in "".join(answer.lines())
+    assert "--max-model-len 2640" in " ".join(row(answer, "inference", "-pp 7").commands[-1])
+
+
+def test_the_head_says_that_its_context_is_shortened():
+    answer = imagined("llama3.2-3b", "1xT4")
+    assert answer.best is not None
+    head = answer.lines()[: answer.lines().index("")]
+    assert head[-1] == (
+        f"      context {answer.best.context:,}, shortened to what fits: 131,072 is the model's "
+        "max_position_embeddings"
+    )
+    assert "shortened" not in "".join(imagined("llama3.2-3b", "1xT4", context=8192).lines())
 
 
 # vLLM's rules
@@ -313,7 +434,7 @@ def test_layers_that_are_left_over_go_before_the_last_stage():
 def test_tensor_parallel_sizes_are_those_that_vllm_takes(heads, kv, legal):
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv, "intermediate_size": 720}
     known = _known(**sizes)
-    found = {tp for tp in range(1, 13) if vllm.refused(known, vllm.Split(tp, 1)) is None}
+    found = {tp for tp in range(1, 13) if vllm.refused(known, Mesh(tp, 1)) is None}
     assert found == legal
 
 
@@ -327,7 +448,7 @@ def test_vllm_stages_hold_every_weight_once_but_copies(tmp_path, tied, tp, pp):
     model = build(EVEN, tied, torch.bfloat16, {})
     hf.write(model, tmp_path / "m")
     held = subject(str(tmp_path / "m"))
-    stages = vllm.weights_of(held, held.known, vllm.Split(tp, pp))
+    stages = vllm.weights_of(held, held.known, Mesh(tp, pp))
     hidden, kv, layers = 64, 4 * 8, 7
     norms = 2 * (layers * 2 + 1) * hidden
     table = 2 * 128 * hidden  # 96 rows, padded to 128
@@ -337,6 +458,17 @@ def test_vllm_stages_hold_every_weight_once_but_copies(tmp_path, tied, tp, pp):
     padding = (1 if tied else 2) * 2 * 32 * hidden
     expected = plain + padding + twice + copied_table + norms * (tp - 1)
     assert tp * sum(stages) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layers", "rest"),
+    [("17xL4", 40, Mesh(2, 8)), ("17xL4", 7, Mesh(2, 7)), ("3x5xL4", 40, Mesh(2, 6))],
+)
+def test_the_largest_legal_tp_of_a_node_is_tried_on_what_it_leaves(gpus, layers, rest):
+    legal = {1, 2}.__contains__
+    every = [Mesh(17, 1), Mesh(1, 17)]
+    assert with_fewer(every, parse(gpus), layers, legal) == [*every, rest]
+    assert with_fewer([rest], parse(gpus), layers, legal) == [rest]
 
 
 # accelerate and transformers
@@ -451,23 +583,18 @@ def test_the_printed_map_keeps_every_gpu_within_its_memory():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("encoding", ["q8_0", "q4_0"])
-def test_gguf_sizes_are_those_that_the_format_makes(tmp_path, encoding, tied):
+def test_gguf_sizes_are_those_of_the_codecs_which_need_not_be_there(
+    tmp_path, monkeypatch, encoding, tied
+):
+    monkeypatch.setitem(sys.modules, "gguf", None)
     model = build(EVEN, tied, torch.bfloat16, {})
     hf.write(model, tmp_path / "m")
-    held = subject(str(tmp_path / "m"))
-    plain = laid_out(held, "gguf", Options(mesh=Mesh()))
-    made = laid_out(held, "gguf", Options(mesh=Mesh(), encoding=encoding))
-    found = runners.encoded(plain, encoding)
-    assert found.files == made.files
-    assert found.name == made.name
-    assert found.slots == made.slots
-    assert found.total_bytes() == made.total_bytes()
+    found = row(asked(str(tmp_path / "m"), "1xL4"), "inference", encoding).figures
     codec = ENCODINGS[encoding]
-    expected = sum(
+    assert found["file_bytes"] == sum(
         tensor.numel() // 32 * codec.nbytes if tensor.dim() > 1 else 4 * tensor.numel()
         for tensor in model.tensors.values()
     )
-    assert found.total_bytes() == expected
 
 
 def test_gguf_sizes_of_8b_are_the_published_ones():
@@ -528,6 +655,20 @@ def test_training_counts_18_bytes_in_nanotron_and_16_in_fsdp():
     assert fsdp["training_bytes"] == 16 * elements // 8 + activations + gathered + ALLOWANCE
 
 
+def test_what_is_counted_for_fsdp_gives_the_figure():
+    answer = imagined("llama3-70b", "4xH100")
+    verdict, counted = section(answer, "training").said
+    outside = 2 * 128256 * 8192 + 8192  # tables and norm
+    assert f"6 x {outside:,} bytes, 11.7 GiB" in counted
+    activations = 4096 * (2 * 80 * 8192 + 34 * 8192 + 6 * 128256)
+    total = 16 * LLAMA_70B // 4 + 6 * outside + activations + 2 * GIB
+    assert row(answer, "training", "fsdp4").figures["training_bytes"] == total
+    assert f"training takes {total / GIB:.1f} GiB" in row(answer, "training", "fsdp4").said[0]
+    assert verdict.endswith(" with sequences of 4,096 tokens, the default: --context sets it")
+    longer = imagined("llama3-70b", "4xH100", context=8192)
+    assert section(longer, "training").said[0].endswith(" with sequences of 8,192 tokens")
+
+
 def test_the_smallest_number_of_gpus_for_training_is_the_first_that_fits():
     answer = imagined("llama3-8b", "1xA100")
     found = re.search(r"; (\d+) of them would do \(fsdp\1\)", section(answer, "training").said[0])
@@ -579,8 +720,11 @@ def test_a_layout_that_is_there_already_is_not_made_again(tmp_path):
     ):
         path = tmp_path / kind
         write_source(kind, path)
-        held = row(asked(str(path), "3xL4"), use, name)
-        assert any(line.startswith("the source is ") for line in held.said), held
+        answer = asked(str(path), "3xL4")
+        held = row(answer, use, name)
+        lines = [*section(answer, use).said, *held.said]
+        assert sum(line.startswith("the source is ") for line in lines) == 1, held
+        assert not held.check
         assert not any("reshard" in command for command in held.commands)
         assert use == "training" or str(path) in " ".join(held.commands[-1])
     assert (
@@ -670,6 +814,9 @@ def test_every_printed_reshard_command_runs(tmp_path):
                 made.add(command)
                 done(*command[5:])
     assert len(made) >= 6
+    assert answer.best is not None
+    assert answer.best.check[:4] == ("python", "-m", "reshard", "verify")
+    done(*answer.best.check[3:])
     assert_same(hf.read(tmp_path / "m-hf"), model)
     sizes = row(answer, "inference", "q8_0").figures["file_bytes"]
     file = tmp_path / "m-gguf-q8_0" / "model-Q8_0.gguf"
@@ -694,6 +841,33 @@ def test_json_has_every_row_and_every_reason():
     assert set(record["uses"]) == {"inference", "huggingface", "training"}
     assert "tp10" in record["uses"]["training"]["fallen_out"]
     assert record["uses"]["huggingface"]["rows"][0]["figures"]["device_map"]["lm_head"] == 9
+
+
+def test_the_head_names_the_check_of_what_is_written():
+    lines = imagined("llama3-70b", "4xH100", "meta8").lines()
+    assert [line[:6] for line in lines[:3]] == ["type: ", "then: ", "check:"]
+    assert lines[2] == "check: python -m reshard verify DIR-hf --load"
+    there = imagined("llama3-70b", "4xH100")
+    assert "check:" not in "".join(there.lines())
+    assert (
+        "".join(
+            there.lines()[
+                : there.lines().index("HUGGING FACE transformers, device_map by accelerate")
+            ]
+        ).count("the source is hf already")
+        == 1
+    )
+    checks = {found.check for part in there.sections for found in part.rows if found.check}
+    assert ("python", "-m", "reshard", "verify", "DIR-gguf-q8_0", "--load") in checks
+
+
+def test_many_tokens_are_told_in_three_digits_rounded_down():
+    assert [about(count) for count in (99_999, 100_999, 476_237, 1_239_999)] == [
+        *("99,999", "100,000", "476,000", "1,230,000")
+    ]
+    found = row(imagined("llama3-70b", "4xH100"), "inference", "-tp 4")
+    assert found.said[0].endswith(" per GPU: 476,000 tokens")
+    assert found.to_json()["figures"]["kv_tokens"] == 476_237
 
 
 def test_where_nothing_fits_the_first_line_says_so():

@@ -41,8 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "packing",
         "plan",
         "storage",
+        "units",
     },
-    "containers": {"encodings", "errors", "geometry"},
+    "containers": {"encodings", "errors", "geometry", "storage"},
     "families": {"errors", "layout"},
     "vocabulary": {"errors", "families", "layout"},
     "formats": {
@@ -136,7 +137,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "traffic": {"geometry", "layout", "moves", "plan"},
     "report": {"assets", "engine", "moves", "plan", "prepare", "traffic", "units"},
-    "pictures": {"geometry", "layout", "moves", "plan", "report", "traffic", "units"},
+    "pictures": {"dealing", "geometry", "layout", "moves", "plan", "report", "traffic", "units"},
     "progress": {"logs", "units"},
     "readback": {"distributed", "errors", "manifest", "progress", "storage"},
     "finish": {
@@ -237,7 +238,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fitting": {
         "config",
         "containers",
-        "encodings",
         "errors",
         "families",
         "formats",
@@ -246,6 +246,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "topologies",
     },
     "fit": {"config", "errors", "fitting"},
+    "orders": {"config", "errors", "families"},
     "jobfiles": {"errors", "storage"},
     "arrivals": {"errors", "formats", "jobfiles", "storage"},
     "serve": {
@@ -256,6 +257,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "families",
         "job",
         "jobfiles",
+        "orders",
         "smallfiles",
         "yamltext",
     },
@@ -274,6 +276,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "job",
         "loading",
         "meeting",
+        "orders",
         "pictures",
         "prepare",
         "report",

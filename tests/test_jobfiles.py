@@ -56,6 +56,21 @@ def test_a_job_is_claimed_once_and_found_again_when_its_service_is_gone(queue: J
         assert (other.name, other.starts) == ("b", 2)
 
 
+@pytest.mark.parametrize("name", ["n" * 250, "é" * 125, "two\nlines", "\udcff"], ids=ascii)
+def test_a_job_may_have_any_name_that_a_file_may_have(name: str, queue: JobFiles) -> None:
+    put(queue, f"{name}.yaml")
+    with queue.claimed() as claim:
+        assert claim is not None
+        assert claim.name.isprintable()
+        assert claim.path.read_text() == "src: {}"
+    with queue.claimed() as again:
+        assert again is not None
+        assert (again.name, again.starts) == (claim.name, 2)
+        queue.end(again, DONE, {"state": "fresh"})
+    assert sorted(os.listdir(queue.folder / "done")) == [f"{again.name}.json", f"{again.name}.yaml"]
+    assert os.listdir(queue.folder / "running") == []
+
+
 def test_a_file_that_is_still_empty_is_waited_for(queue: JobFiles) -> None:
     path = queue.folder / "queued" / "a.yaml"
     path.touch()

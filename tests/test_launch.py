@@ -1,15 +1,20 @@
 """The program as people start it: launch/, stock torchrun and the batch files."""
 
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.commands import model, move, read, write
 from tests.launched import ROOT, SHIM, STOCK, alive, children, environment, ours, start, under_way
@@ -30,47 +35,49 @@ def test_the_shim_runs_a_job_and_passes_its_success_on(tmp_path: Path) -> None:
     assert_same(read("tp4", tmp_path / "dst"), model())
 
 
-@pytest.mark.parametrize("where", ["words", "source"])
-def test_the_shim_passes_a_refusal_on_in_one_line(where: str, tmp_path: Path) -> None:
+def test_the_shim_passes_a_refusal_of_all_ranks_on_in_one_line(tmp_path: Path) -> None:
     source = write("meta8", tmp_path / "src")
+    (source / "consolidated.03.pth").unlink()
     words = move("meta8", source, "tp4", tmp_path / "dst")
-    if where == "words":
-        words.append("engine.memry=1GiB")
-    else:
-        (source / "consolidated.03.pth").unlink()
     began = time.monotonic()
     found = start([*SHIM, "-m", "reshard", *words], tmp_path)
     assert found.returncode == 2, found.stderr
     assert len(found.stderr.splitlines()) == 1, found.stderr
-    expected = {
-        "words": r"`engine.memry`",
-        "source": r"consolidated.03.pth` is missing: found 7 of 8",
-    }
-    assert re.match(rf"reshard: .*{expected[where]}", found.stderr)
+    assert re.match(r"reshard: .*consolidated.03.pth` is missing: found 7 of 8", found.stderr)
     assert time.monotonic() - began < 30
     assert not list(tmp_path.glob("dst*"))
 
 
-@pytest.mark.parametrize("where", ["words", "source"])
-def test_stock_torchrun_shows_one_line_of_ours(where: str, tmp_path: Path) -> None:
-    source = write("meta8", tmp_path / "src")
-    words = move("meta8", source, "tp4", tmp_path / "dst")
-    if where == "words":
-        words.append("engine.memry=1GiB")
-    else:
-        (source / "consolidated.03.pth").unlink()
+def test_stock_torchrun_shows_one_line_of_ours_for_what_each_rank_refuses(tmp_path: Path) -> None:
+    """Here before the ranks meet; a refusal by all of them: tests/test_torchrun.py."""
+    words = move("meta8", tmp_path / "src", "tp4", tmp_path / "dst", "engine.memry=1GiB")
     found = start([*STOCK, "-m", "reshard", *words], tmp_path)
     assert found.returncode != 0
-    expected = {"words": r"`engine.memry`", "source": r"consolidated.03.pth` is missing"}
     assert len(ours(found.stderr)) == 1, found.stderr
-    assert re.search(expected[where], ours(found.stderr)[0])
+    assert "`engine.memry`" in ours(found.stderr)[0]
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [((2, -15), 2), ((-15, 1), 1), ((1, 2), 1), ((143, 143), 143), ((-9, -15), 137)],
+    ids=str,
+)
+def test_the_shim_has_the_code_of_the_rank_that_failed_by_itself(
+    codes: tuple[int, int], expected: int, tmp_path: Path
+) -> None:
+    """The first one, seconds apart; a rank that torchrun ended meanwhile does not count."""
+    failures = {}
+    for rank, code in enumerate(codes):
+        failures[rank] = ProcessFailure(rank, 4242 + rank, code, str(tmp_path / "none"))
+        failures[rank].timestamp = rank
+    assert shim().exit_code(ChildFailedError("rank.py", failures)) == expected
 
 
 def test_what_only_another_rank_is_refused_is_said(tmp_path: Path) -> None:
     script = tmp_path / "start.py"
     script.write_text(
-        "import os, sys\nfrom reshard.cli import entry\n"
-        "sys.argv += ['engine.memry=1GiB'] if os.environ['RANK'] == '1' else []\nentry()\n"
+        "import os, sys\nfrom reshard import cli\ncli.ELSEWHERE_SECONDS = 0.5\n"
+        "sys.argv += ['engine.memry=1GiB'] if os.environ['RANK'] == '1' else []\ncli.entry()\n"
     )
     source = write("meta8", tmp_path / "src")
     words = move("meta8", source, "tp4", tmp_path / "dst")
@@ -102,7 +109,7 @@ rank = int(os.environ["RANK"])
 open(f"up-{rank}", "w").close()
 while not came:
     time.sleep(0.02)
-time.sleep(1)
+time.sleep(0.5)
 os._exit(int(sys.argv[1 + rank]))
 """
 
@@ -135,11 +142,37 @@ def test_the_shim_ends_as_its_ranks_do_on_a_signal(
     assert not alive(ranks)
 
 
-def test_the_shim_prints_the_command_that_it_stands_for() -> None:
-    words = [*SHIM[:2], "--dry-run", "--nproc=3", "-m", "reshard", "--nproc", "a b"]
-    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    stock = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node=3"
-    assert shown == f"{sys.executable} {stock} -m reshard --nproc 'a b'"
+def shim() -> ModuleType:
+    """launch/torchrun as a module."""
+    loader = SourceFileLoader("launch_torchrun", str(ROOT / "launch" / "torchrun"))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+NEAR = "--standalone --local-addr 127.0.0.1"
+FAR = "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:777"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--dry-run --nproc=3 -m m --nproc 'a b'", "NEAR --nproc-per-node=3 -m m --nproc 'a b'"),
+        ("--nproc 2 --dry-run rank.py --dry-run", "NEAR --nproc-per-node 2 rank.py --dry-run"),
+        ("FAR --nproc 2 --dry-run -m reshard", "FAR --nproc-per-node 2 -m reshard"),
+    ],
+)
+def test_the_shim_prints_the_command_that_it_stands_for(
+    words: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LOGLEVEL", "INFO")  # else it silences the logs of this process
+        assert shim().launch(shlex.split(words.replace("FAR", FAR))) == 0
+    stock = expected.replace("NEAR", NEAR).replace("FAR", FAR)
+    shown = capsys.readouterr().out
+    assert shown == f"{sys.executable} -m torch.distributed.run {stock}\n"
 
 
 def multinode(*words: str, **more: str) -> "subprocess.CompletedProcess[str]":
@@ -228,7 +261,7 @@ def dry_run(*words: str, **more: str) -> str:
 
 
 def test_the_local_script_starts_a_rank_per_gpu_or_core() -> None:
-    start = rf"{ROOT}/launch/(\.\./launch/)?torchrun --nproc"
+    start = rf"(\S+/python )?{ROOT}/launch/torchrun --nproc"
     assert re.fullmatch(
         rf"{start} 3 -m reshard --src meta8 --dst hf", dry_run("3", "--src", "meta8", "--dst", "hf")
     )

@@ -29,7 +29,9 @@ def test_every_rank_keeps_a_log(undisturbed: Undisturbed, tmp_path: Path) -> Non
             "move",
             "moved",
         ]
-        assert re.search(r"Counters\(read=\d+, .*peak memory \d+ MB", path.read_text())
+        assert re.search(
+            r"read \S+ MB, exchanged .*, written .*; peak memory \d+ MB", path.read_text()
+        )
     assert "done: " in (folder / "rank-0.log").read_text()
 
 

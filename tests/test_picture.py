@@ -290,7 +290,7 @@ def test_labels_are_what_tells_names_apart():
 def test_ranks_in_words():
     assert ranks_text([3]) == "rank 3"
     assert ranks_text([4, 0]) == "ranks 0, 4"
-    assert ranks_text(range(2, 12)) == "ranks 2 to 11"
+    assert ranks_text(range(2, 12)) == "ranks 2-11"
     assert ranks_text(range(0, 1024, 8)) == "128 ranks: 0, 8, 16, ... 1016"
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from reshard.arrivals import Arrivals
 from reshard.errors import CheckpointError, StorageError
 from reshard.jobfiles import JobFiles
+from reshard.serve import MAX_STARTS
 from tests import jobs
 from tests.commands import call, done, model, one_line, read, refused, write
 from tests.interrupted import SMALL_ROUNDS, Undisturbed
@@ -210,12 +212,15 @@ def test_a_job_that_ends_the_service_every_time_is_given_up(
     add(queue, "poison", undisturbed.source, "meta4", "tp2", tmp_path / "poison")
     add(queue, "queued", undisturbed.source, "meta4", "tp2", tmp_path / "good")
     JobFiles(queue).make()
-    for _ in range(3):
+    for _ in range(MAX_STARTS):
         with JobFiles(queue).claimed() as claim:
             assert claim is not None
             assert claim.name == "poison"
     found = done(*words(queue, "--once"))
-    assert "poison: failed: the service ended 3 times in the middle of this job" in found.out
+    assert (
+        f"poison: failed: the service ended {MAX_STARTS} times in the middle of this job"
+        in found.out
+    )
     assert found_in(queue)["done"] == ["queued"]
 
 
@@ -249,9 +254,13 @@ def test_a_backend_of_a_job_of_its_own_is_refused(tmp_path: Path) -> None:
     [
         (["--dst", "hf"], r"or give --watch"),
         (["--watch", "."], r"where to\? give --dst SPEC dst.path=DIR"),
-        (["--watch", ".", "--dst", "hf", "dst.path=x", "src.path=y"], r"leave src.path out"),
+        (["--watch", ".", "--dst", "hf", "dst.path=/x", "src.path=y"], r"leave src.path out"),
         (["--watch", "absent", "--dst", "hf", "dst.path=x"], r"`absent`: no such directory"),
         (["--poll", "0"], r"--poll: 0, expected"),
+        (
+            ["--watch", ".", "--dst", "hf", "dst.path=./x"],
+            r"`./x` lies in what is watched",
+        ),
         (["engine.memry=1GiB"], r"did you mean `memory`"),
     ],
     ids=str,
@@ -294,6 +303,82 @@ def test_a_training_run_is_watched(tmp_path: Path) -> None:
         "step-1",
         "step-2",
     ]
+
+
+def test_a_run_may_be_called_anything_and_its_checkpoints_may_go(tmp_path: Path) -> None:
+    """Its name becomes part of a job's; what is deleted between two looks is forgotten."""
+    run, queue, out = tmp_path / ".run", tmp_path / "queue", tmp_path / "out"
+    write("hf", run / "step-1")
+    looked = Arrivals(run, tmp_path / "watched.json")
+    assert list(looked.look()) == []
+    assert looked.pending
+    (run / "step-1").rename(tmp_path / "elsewhere")
+    assert list(looked.look()) == []
+    assert not looked.pending
+    (tmp_path / "elsewhere").rename(run / "step-1")
+    watch = ["--watch", run, "--dst", "meta2", f"dst.path={out}", "--once"]
+    done(*words(queue, *watch))
+    assert found_in(queue)["done"] == ["run-step-1"]
+    assert_same(read("meta2", out / "step-1"), model())
+
+
+def test_a_run_that_is_gone_may_come_back(tmp_path: Path) -> None:
+    """Meanwhile the service lives on, and says once that it looks in vain."""
+    run, queue, out = tmp_path / "run", tmp_path / "queue", tmp_path / "out"
+    run.mkdir()
+    watch = ["--watch", run, "--dst", "meta2", f"dst.path={out}"]
+    with jobs.start(2, words(queue, *watch), tmp_path / "said") as job:
+        job.until((queue / "status.json").exists)
+        run.rmdir()
+        job.until(lambda: "cannot list" in job.out)
+        write("hf", run / "step-1")
+        job.until((queue / "done" / "run-step-1.json").exists)
+        job.send(0, signal.SIGTERM)
+        assert job.wait(jobs.SOON) == [0, 0]
+    assert job.out.count("looked for again") == 1
+    assert_same(read("meta2", out / "step-1"), model())
+
+
+def test_what_lies_in_the_queue_and_is_no_job_is_named_once(tmp_path: Path) -> None:
+    queue = tmp_path / "queue"
+    (queue / "queued" / "folder.yaml").mkdir(parents=True)
+    (queue / "queued" / "job.yml").write_text("")
+    (queue / "queued" / "round.yaml").symlink_to("round.yaml")
+    found = done(*words(queue, "--once"))
+    assert [line.split(":")[0] for line in found.out.splitlines()[1:]] == [
+        "queued/folder.yaml",
+        "queued/job.yml",
+        "queued/round.yaml",
+    ]
+
+
+def test_force_replaces_what_is_in_the_way(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    queue = tmp_path / "queue"
+    for name, target in (("1", "tp2"), ("2", "hf")):
+        add(queue, name, undisturbed.source, "meta4", target, tmp_path / "out")
+    assert "2: failed" in done(*words(queue, "--once")).out
+    (queue / "failed" / "2.yaml").rename(queue / "queued" / "2.yaml")
+    assert "2: done" in done(*words(queue, "--once", "--force")).out
+    assert_same_files(tmp_path / "out", undisturbed["hf"])
+
+
+def test_looks_may_be_rarer_than_the_time_without_progress_is_long(tmp_path: Path) -> None:
+    slow = ["serve", "--jobs", str(tmp_path), "--poll", "3", "engine.timeout=1"]
+    with jobs.start(2, slow, tmp_path / "said") as job:
+        time.sleep(3.5)
+        job.send(1, signal.SIGTERM)
+        assert job.wait(jobs.SOON) == [0, 0]
+    assert job.err == ""
+
+
+def test_a_disk_that_hangs_below_the_status_file_does_not_keep_a_service(tmp_path: Path) -> None:
+    queue = tmp_path / "queue"
+    grief = ("reshard.jobfiles:JobFiles.status", 0, 3, "hang", str(tmp_path / "hangs"))
+    add(queue, "bad", tmp_path / "absent", "meta4", "tp2", tmp_path / "out")
+    with jobs.start(2, words(queue), tmp_path / "said", sabotage, *grief) as job:
+        job.until((tmp_path / "hangs").exists)
+        job.send(1, signal.SIGTERM)
+        assert job.wait(jobs.SOON) == [0, 0]
 
 
 def test_steps_of_nanotron_and_of_transformers_are_taken_when_they_are_complete(

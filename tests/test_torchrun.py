@@ -24,6 +24,7 @@ from tests.sabotage import EVERY_RANK, WRITE, slowly
 pytestmark = pytest.mark.fault
 
 RESTARTING = [*STOCK, "--max-restarts", "3"]
+ONCE_MORE = [*STOCK, "--max-restarts", "1"]
 ALONE = [sys.executable]
 NOTICE_SECONDS = 10.0
 GO_ON = "the same command goes on where this one stopped"
@@ -233,7 +234,11 @@ REFUSALS = {
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_refusal_is_said_once_however_often_torchrun_tries(
-    refusal: str, undisturbed: Undisturbed, tmp_path: Path, request: pytest.FixtureRequest
+    refusal: str,
+    long: bool,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     if refusal != "a missing file":
         request.getfixturevalue("only_long")
@@ -245,7 +250,8 @@ def test_a_refusal_is_said_once_however_often_torchrun_tries(
             (source / file.name).symlink_to(file)
     began = time.monotonic()
     words = move("meta4", source, "tp2", tmp_path / "dst", *more)
-    found = start([*RESTARTING, "-m", "reshard", *words], tmp_path)
+    launcher = RESTARTING if long else ONCE_MORE
+    found = start([*launcher, "-m", "reshard", *words], tmp_path)
     assert found.returncode not in (0, -signal.SIGKILL)
     assert len(ours(found.stderr)) == 1, found.stderr
     assert pattern in ours(found.stderr)[0], found.stderr

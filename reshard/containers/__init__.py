@@ -25,6 +25,7 @@ from typing import BinaryIO, Protocol
 
 import torch
 
+from reshard import storage
 from reshard.encodings import Encoding
 from reshard.errors import CheckpointError
 
@@ -157,6 +158,20 @@ def with_absent(find: Callable[[Path], Absent | None]) -> Iterator[None]:
 def absent(path: Path) -> Absent | None:
     """A file that lies on another machine; None for one that is here, or nowhere."""
     return _find.get()(path)
+
+
+def read(path: Path, offset: int, count: int) -> bytes:
+    """Some bytes of a file, of which all must be there."""
+    if (elsewhere := absent(path)) is not None:
+        return elsewhere.read(offset, count)
+    return storage.read_bytes(path, offset, count)
+
+
+def crc32_of(path: Path, offset: int, length: int) -> int:
+    """The CRC32 of some bytes of a file, which is read in small steps."""
+    if (elsewhere := absent(path)) is not None:
+        return elsewhere.crc32_of(offset, length)
+    return storage.crc32_of(path, offset, length)
 
 
 def index(container: str, root: Path, file: str) -> FileIndex:

@@ -10,8 +10,8 @@ from reshard.fitting.case import Wish
 from reshard.fitting.devicemap import MIB, Place, Placed
 from reshard.fitting.gpus import Gpus
 from reshard.fitting.memory import ALLOWANCE, kv_bytes
-from reshard.fitting.moving import already, moved, where
-from reshard.fitting.rows import FallenOut, Figure, Row, Section, gib
+from reshard.fitting.moving import already, checked, moved, where
+from reshard.fitting.rows import FallenOut, Figure, Row, Section, about, gib
 from reshard.fitting.subject import Subject, laid_out
 from reshard.formats.options import Options
 
@@ -34,28 +34,41 @@ def section(subject: Subject, gpus: Gpus, wish: Wish) -> Section:
 
 def _row(subject: Subject, gpus: Gpus, wish: Wish) -> Row | FallenOut:
     """The map, checked: what is on each GPU is within its memory less the allowance."""
-    root = devicemap.skeleton(subject.parameters, subject.model)
-    most = gpus.memory - ALLOWANCE
+    root, most = devicemap.skeleton(subject.parameters, subject.model), gpus.memory - ALLOWANCE
     placed = devicemap.device_map(root, gpus.per_node, most)
-    places = placed.places
-    held = devicemap.held_by(root, places)
-    over = [place for place, nbytes in held.items() if not isinstance(place, int) or nbytes > most]
-    if over:
-        outside = sum(held[place] for place in over)
-        what = f"{gib(outside)} of {gib(subject.nbytes)} find no place"
+    held = devicemap.held_by(root, placed.places)
+    if over := [at for at, size in held.items() if not isinstance(at, int) or size > most]:
+        what = f"{gib(sum(held[place] for place in over))} of {gib(subject.nbytes)} find no place"
         where_not = gpus.spec(1, gpus.per_node)
         return FallenOut(NAME, f"{what} on {where_not}; on the disk it would crawl")
     tokens = None
     if subject.known is not None:
-        tokens = _tokens(subject.known, places, held, most)
-        if wish.served(tokens) is None:
-            short = f"KV cache for {tokens:,} tokens only, asked for {wish.tokens:,}"
-            return FallenOut(NAME, f"all weights have a place, but {short}")
-    room = "" if tokens is None else f"; KV cache for {tokens:,} tokens"
+        tokens = _tokens(subject.known, placed.places, held, most)
+        if (why := _unserved(subject.known, wish, tokens)) is not None:
+            return FallenOut(NAME, why)
+    return _fitting(subject, gpus, placed, held, tokens)
+
+
+def _unserved(model: ModelConfig, wish: Wish, tokens: int) -> str | None:
+    """Why a map with room for `tokens` of KV cache does not serve, None where it does."""
+    if (why := wish.beyond(model)) is not None:
+        return f"{why}; transformers warns of more, and what it then writes is of no use"
+    if wish.served(tokens) is None:
+        short = f"KV cache for {about(tokens)} tokens only, asked for {wish.tokens:,}"
+        return f"all weights have a place, but {short}"
+    return None
+
+
+def _fitting(
+    subject: Subject, gpus: Gpus, placed: Placed, held: Mapping[Place, int], tokens: int | None
+) -> Row:
+    """A map that fits, and the line that loads the model so."""
+    room = "" if tokens is None else f"; KV cache for {about(tokens)} tokens"
+    allowed = gib(gpus.memory - ALLOWANCE)
     made, used = laid_out(subject, NAME, Options()), len(held)
     load = _loading(where(subject, made, NAME), subject.dtype, placed)
     figures: dict[str, Figure] = {
-        "device_map": dict(places),
+        "device_map": dict(placed.places),
         "max_memory_bytes": list(placed.caps[: max(placed.used) + 1]),
         "held_bytes": {str(place): nbytes for place, nbytes in held.items()},
         "kv_tokens": tokens,
@@ -66,11 +79,12 @@ def _row(subject: Subject, gpus: Gpus, wish: Wish) -> Row | FallenOut:
         gpus=used,
         fits=True,
         said=(
-            f"checked: {gib(max(held.values()))} on the fullest, {gib(most)} allowed{room}",
-            *_places(places, held),
+            f"checked: {gib(max(held.values()))} on the fullest, {allowed} allowed{room}",
+            *_places(placed.places, held),
             *already(subject, made),
         ),
         commands=(*moved(subject, gpus, made, NAME), load),
+        check=checked(subject, made, NAME),
         figures=figures,
     )
 

@@ -25,6 +25,13 @@ def moved(
     )
 
 
+def checked(subject: Subject, made: Layout, suffix: str) -> Command:
+    """The command that opens what was made; none where nothing is."""
+    if subject.is_already(made):
+        return ()
+    return command("python", "-m", "reshard", "verify", subject.place(suffix), "--load")
+
+
 def already(subject: Subject, made: Layout) -> tuple[str, ...]:
     """A line where there is nothing to be made."""
     return (f"the source is {made.name} already",) if subject.is_already(made) else ()

@@ -1,7 +1,7 @@
 """The answer's parts: rows of what fits, and what falls out and why."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from reshard.fitting.gpus import GIB
@@ -16,7 +16,8 @@ class Row:
     """One way to use a model: `target` is the --dst of it, `gpus` how many GPUs it takes.
 
     `commands` are lists of words as a shell wants them, and `figures` are for programs; sizes are
-    in bytes.
+    in bytes. `check` opens what they write, and is empty where they write nothing; `context` is
+    that which is served, in tokens, where one is.
     """
 
     name: str
@@ -25,6 +26,8 @@ class Row:
     fits: bool
     said: tuple[str, ...]
     commands: tuple[Command, ...] = ()
+    check: Command = ()
+    context: int | None = None
     figures: Mapping[str, Figure] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Figure]:
@@ -36,6 +39,7 @@ class Row:
             "fits": self.fits,
             "said": list(self.said),
             "commands": [" ".join(command) for command in self.commands],
+            "check": " ".join(self.check) or None,
             "figures": dict(self.figures),
         }
 
@@ -85,25 +89,29 @@ def gib(nbytes: float) -> str:
     return f"{max(nbytes, 0) / GIB:,.1f} GiB"
 
 
+def about(tokens: int) -> str:
+    """A number of tokens to be read: three digits of a long one, the rest rounded down."""
+    unit = 10 ** (len(str(tokens)) - 3) if tokens >= 100_000 else 1
+    return f"{tokens // unit * unit:,}"
+
+
 def wrapped(words: Command, lead: str, indent: int) -> list[str]:
     """A command in lines of a terminal's width, broken as a shell has it; `lead` begins them."""
-    lines, line = [], lead
-    for number, word in enumerate(words):
-        room = WIDTH - (2 if number < len(words) - 1 else 0)
-        if line.strip() and line != lead and len(line) + 1 + len(word) > room:
-            lines.append(f"{line} \\")
-            line = " " * (indent + 4)
-        line += word if line.endswith(" ") else f" {word}"
-    return [*lines, line]
+    return _lines(words, lead, indent + 4, " \\")
 
 
 def folded(text: str, lead: str, indent: int) -> list[str]:
     """Text in lines of a terminal's width, as far as its words allow."""
+    return _lines(text.split(" "), lead, indent)
+
+
+def _lines(words: Sequence[str], lead: str, indent: int, broken: str = "") -> list[str]:
+    """Words in lines, the first begun by `lead` and all but the last ended by `broken`."""
     lines, line = [], lead
-    for word in text.split(" "):
-        if line != lead and len(line) + 1 + len(word) > WIDTH:
-            lines.append(line)
-            line = " " * indent + word
-        else:
-            line += word if line.endswith(" ") else f" {word}"
+    for number, word in enumerate(words, 1):
+        room = WIDTH - (len(broken) if number < len(words) else 0)
+        if line != lead and len(line) + 1 + len(word) > room:
+            lines.append(line + broken)
+            line = " " * indent
+        line += word if line.endswith(" ") else f" {word}"
     return [*lines, line]

@@ -1,15 +1,10 @@
 """Inference without vLLM: Meta's own runner with a file per GPU, and llama.cpp with GGUF files."""
 
-from dataclasses import replace
-
-import torch
-
-from reshard.encodings import ENCODINGS
 from reshard.errors import ConfigError, LayoutError
 from reshard.fitting.case import Case
 from reshard.fitting.memory import ALLOWANCE, kv_bytes, kv_bytes_of_all
-from reshard.fitting.moving import already, moved, where
-from reshard.fitting.rows import FallenOut, Row, command, gib
+from reshard.fitting.moving import already, checked, moved, where
+from reshard.fitting.rows import FallenOut, Row, about, command, gib
 from reshard.fitting.subject import laid_out, refusal
 from reshard.formats.options import Mesh, Options
 from reshard.layout import Layout
@@ -37,7 +32,7 @@ def meta(case: Case) -> tuple[list[Row], list[FallenOut]]:
         context = case.wish.served(tokens)
         if context is not None:
             return [_meta_row(case, made, weights, tokens, context)], [*fallen, *small]
-        short = f"KV cache for {tokens:,} tokens beside them, asked for {case.wish.tokens:,}"
+        short = f"KV cache for {about(tokens)} tokens beside them, asked for {case.wish.tokens:,}"
         left = f"but {gib(case.gpus.memory - ALLOWANCE)} are left for them"
         why = f"{gib(weights)} of weights per GPU, {short if room > 0 else left}"
         # Of those that do not fit, the first says enough.
@@ -49,9 +44,12 @@ def _meta_row(case: Case, made: Layout, weights: int, tokens: int, context: int)
     """Meta's runner with one of its files per GPU."""
     count, per_node = made.coordinates, case.gpus.per_node
     folder = where(case.subject, made, made.name)
+    # The runner of Llama 3.1 and later ones has the tokenizer itself, and no such flag.
+    scaled = case.model.rope_scaling is not None
     run = command(
         *("torchrun", "--nproc-per-node", min(count, per_node), "example_chat_completion.py"),
-        *("--ckpt_dir", folder, "--tokenizer_path", f"{folder}/tokenizer.model"),
+        *("--ckpt_dir", folder),
+        *(() if scaled else ("--tokenizer_path", f"{folder}/tokenizer.model")),
         *("--max_seq_len", context, "--max_batch_size", case.wish.batch),
     )
     nodes = -(-count // per_node)
@@ -62,11 +60,13 @@ def _meta_row(case: Case, made: Layout, weights: int, tokens: int, context: int)
         gpus=count,
         fits=True,
         said=(
-            f"{gib(weights)} of weights per GPU, KV cache for {tokens:,} tokens",
+            f"{gib(weights)} of weights per GPU, KV cache for {about(tokens)} tokens",
             *across,
             *already(case.subject, made),
         ),
         commands=(*moved(case.subject, case.gpus, made, made.name), run),
+        check=checked(case.subject, made, made.name),
+        context=context,
         figures={"weights_bytes": weights, "kv_tokens": tokens, "context": context},
     )
 
@@ -77,16 +77,12 @@ def gguf(case: Case) -> tuple[list[Row], list[FallenOut]]:
     llama.cpp gives each GPU some of the layers (--split-mode layer), so that sums are compared.
     """
     rows, fallen = [], []
-    try:
-        plain = laid_out(case.subject, "gguf", Options(mesh=Mesh()))
-    except (LayoutError, ConfigError) as error:
-        return [], [FallenOut("gguf", str(error))]
     room = case.gpus.per_node * (case.gpus.memory - ALLOWANCE)
     for encoding in (None, *ENCODED):
         name = f"gguf {encoding or case.subject.dtype}"
         try:
-            made = plain if encoding is None else encoded(plain, encoding)
-        except LayoutError as error:
+            made = laid_out(case.subject, "gguf", Options(encoding=encoding))
+        except (LayoutError, ConfigError) as error:
             fallen.append(FallenOut(name, str(error)))
             continue
         size = made.total_bytes()
@@ -96,35 +92,10 @@ def gguf(case: Case) -> tuple[list[Row], list[FallenOut]]:
             rows.append(_gguf_row(case, made, encoding, tokens, context))
             continue
         held = f"but {gib(room)} are left on a node's GPUs"
-        short = f"KV cache for {tokens:,} tokens beside it, asked for {case.wish.tokens:,}"
+        short = f"KV cache for {about(tokens)} tokens beside it, asked for {case.wish.tokens:,}"
         why = f"a file of {gib(size)}, {held if size >= room else short}"
         fallen.append(FallenOut(name, why))
     return rows, fallen
-
-
-def encoded(plain: Layout, name: str) -> Layout:
-    """A GGUF layout with its matrices quantised: what the format makes where its codecs are."""
-    encoding, slots = ENCODINGS[name], []
-    for slot in plain.slots:
-        shape = slot.placement.shape
-        if len(shape) < 2:
-            slots.append(slot)
-            continue
-        if shape[-1] % encoding.block:
-            raise LayoutError(
-                f"gguf: `{slot.parameter}`: rows of {shape[-1]} elements are no whole {name} "
-                f"blocks of {encoding.block}"
-            )
-        slots.append(replace(slot, dtype=torch.float32, encoding=encoding))
-    # The type is in the file's name as well.
-    stem, _, _ = plain.files[0].rpartition("-")
-    file = f"{stem}-{name.upper()}.gguf"
-    return replace(
-        plain,
-        name=f"gguf {name.upper()}",
-        slots=tuple(replace(slot, file=file) for slot in slots),
-        constants=tuple(replace(constant, file=file) for constant in plain.constants),
-    )
 
 
 def _gguf_row(case: Case, made: Layout, encoding: str | None, tokens: int, context: int) -> Row:
@@ -145,9 +116,11 @@ def _gguf_row(case: Case, made: Layout, encoding: str | None, tokens: int, conte
         gpus=case.gpus.per_node,
         fits=True,
         said=(
-            f"a file of {gib(size)}; KV cache for {tokens:,} tokens on {whose}",
+            f"a file of {gib(size)}; KV cache for {about(tokens)} tokens on {whose}",
             *already(case.subject, made),
         ),
         commands=(*moved(case.subject, case.gpus, made, "gguf", *extra, suffix=suffix), run),
+        check=checked(case.subject, made, suffix),
+        context=context,
         figures={"file_bytes": size, "kv_tokens": tokens, "context": context},
     )

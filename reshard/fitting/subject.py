@@ -135,11 +135,10 @@ def _words(side: Side, source: Source, words: Sequence[str]) -> tuple[str, ...]:
 
 
 def laid_out(subject: Subject, name: str, options: Options) -> Layout:
-    """A layout of a format, padding counted; a LayoutError or ConfigError says why not."""
+    """A layout of a format; a LayoutError or ConfigError says why not."""
     known = formats.named(name)
     formats.require_held(known, subject.model)
-    model, tables = formats.padded(known, subject.parameters, subject.model, options)
-    return known.layout(tables, model, options)
+    return formats.laid_out(known, subject.parameters, subject.model, options)
 
 
 def refusal(subject: Subject, name: str, options: Options) -> str | None:

@@ -19,7 +19,8 @@ from reshard.fitting.memory import (
     largest_block,
     shares,
 )
-from reshard.fitting.moving import already, moved
+from reshard.fitting.meshes import gpus_of, name_of, with_fewer
+from reshard.fitting.moving import already, checked, moved
 from reshard.fitting.rows import FallenOut, Row, Section, gib
 from reshard.fitting.subject import Subject, laid_out, refusal
 from reshard.formats.options import Mesh, Options
@@ -36,11 +37,12 @@ TITLE = "TRAINING, full AdamW"
 def section(subject: Subject, gpus: Gpus, context: int | None) -> Section:
     """Layouts to train in, those that fit first; where none does, those that hold the weights."""
     sequence = context or _sequence(subject.known)
+    whose = "" if context is not None else ", the default: --context sets it"
     rows, fallen = nanotron(subject, gpus, sequence)
     sharded, others = _fsdp(subject, gpus, sequence)
     every = [*rows, *sharded]
     fits = any(row.fits for row in every)
-    verdict = "full AdamW training fits" if fits else _does_not(subject, gpus, sequence)
+    verdict = "full AdamW training fits" if fits else _does_not(subject, gpus, sequence, whose)
     said = (verdict, _allowed(subject, sequence))
     if fits:
         fallen += [FallenOut(row.target, row.said[0]) for row in every if not row.fits]
@@ -53,22 +55,29 @@ def _sequence(model: ModelConfig | None) -> int:
 
 
 def _allowed(subject: Subject, sequence: int) -> str:
-    """What is counted besides states, in a sentence."""
+    """What is counted, and what besides states, in a sentence."""
+    block = largest_block(subject.parameters)
+    gathered = (
+        f"the largest unit gathered by FSDP, twice in 16 bits and its gradients once: "
+        f"{GATHERED_BYTES} x {block:,} bytes, {gib(GATHERED_BYTES * block)}, on each GPU"
+    )
     if subject.known is None:
         return (
-            f"counted: {FSDP_BYTES} bytes per parameter (fp32 weights 4, gradients 4, moments 8), "
-            f"no activations: the model's sizes are not known; {gib(ALLOWANCE)} per GPU kept"
+            f"counted: {FSDP_BYTES} bytes per parameter (fp32 weights 4, gradients 4, moments 8); "
+            f"{gathered}; no activations: the model's sizes are not known; {gib(ALLOWANCE)} per "
+            "GPU kept"
         )
     worth = gib(activation_bytes(subject.known, sequence))
     return (
         f"counted: {NANOTRON_BYTES} bytes per parameter in Nanotron (bf16 weights 2, fp32 "
-        f"gradients 4, master 4, moments 8), {FSDP_BYTES} in FSDP (fp32 4, 4, 8); activations of 1 "
-        f"sequence of {sequence:,}, layers recomputed: {worth} / tp; {gib(ALLOWANCE)} per GPU kept"
+        f"gradients 4, master 4, moments 8), {FSDP_BYTES} in FSDP (fp32 4, 4, 8); {gathered}; "
+        f"activations of 1 sequence of {sequence:,}, layers recomputed: {worth} / tp; "
+        f"{gib(ALLOWANCE)} per GPU kept"
     )
 
 
-def _does_not(subject: Subject, gpus: Gpus, sequence: int) -> str:
-    """That nothing fits, with figures, and how many GPUs would do."""
+def _does_not(subject: Subject, gpus: Gpus, sequence: int, whose: str) -> str:
+    """That nothing fits, with figures, and how many GPUs would do, for sequences of what length."""
     fixed = _fixed(subject, sequence)
     needed = subject.elements * FSDP_BYTES + fixed * gpus.count
     count = _enough(subject, gpus, fixed)
@@ -77,10 +86,11 @@ def _does_not(subject: Subject, gpus: Gpus, sequence: int) -> str:
         if count is None
         else f"{count} of them would do (fsdp{count})"
     )
+    length = f" with sequences of {sequence:,} tokens{whose}" if subject.known is not None else ""
     return (
         f"full AdamW training does not fit: needs {gib(needed)} on {gpus.count} "
         f"GPU{'s' if gpus.count > 1 else ''} with {gib(gpus.total)} "
-        f"({gib(subject.elements * FSDP_BYTES)} of states); {more}"
+        f"({gib(subject.elements * FSDP_BYTES)} of states); {more}{length}"
     )
 
 
@@ -151,6 +161,7 @@ def _row(
         fits=fits,
         said=(said, *already(subject, made)),
         commands=moved(subject, gpus, made, target, *extra),
+        check=checked(subject, made, target),
         figures={"weights_bytes": share.nbytes, "training_bytes": needed},
     )
 
@@ -187,20 +198,13 @@ def _meshes(subject: Subject, gpus: Gpus) -> list[Mesh]:
         for pp in range(count // tp, 0, -1)
         if count // tp % pp == 0
     ]
-    legal = (
-        tp
-        for tp in range(per_node, 0, -1)
-        if refusal(subject, NAME, Options(mesh=Mesh(tp=tp), vocab_multiple=1)) is None
-    )
-    fewer = next(legal, 1)
-    rest = Mesh(fewer, gpus.nodes * (per_node // fewer))
-    return every if per_node % fewer == 0 else [*every, rest]
 
+    def legal(tp: int) -> bool:
+        options = Options(mesh=Mesh(tp=tp), vocab_multiple=1)
+        return refusal(subject, NAME, options) is None
 
-def spec_of(mesh: Mesh) -> str:
-    """The topology's name of a mesh."""
-    sizes = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp}
-    return "".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "tp1"
+    layers = count if subject.known is None else subject.known.layers
+    return with_fewer(every, gpus, layers, legal)
 
 
 def _least(subject: Subject, mesh: Mesh, sequence: int) -> int:
@@ -217,7 +221,7 @@ def _active(subject: Subject, sequence: int, tp: int = 1) -> int:
 
 def _on_mesh(subject: Subject, gpus: Gpus, mesh: Mesh, sequence: int) -> Row | FallenOut:
     """A mesh as the format lays it out, its vocabulary padded where it must be."""
-    target, options = spec_of(mesh), Options(mesh=mesh)
+    target, options = name_of(mesh), Options(mesh=mesh)
     if (why := refusal(subject, NAME, options)) is not None:
         options = Options(mesh=mesh, vocab_multiple=1)
         if refusal(subject, NAME, options) is not None:
@@ -226,7 +230,7 @@ def _on_mesh(subject: Subject, gpus: Gpus, mesh: Mesh, sequence: int) -> Row | F
     # The last stage has a copy of a tied table, but with fewer layers than the first one beside it.
     share = fullest(shares(made))
     needed = share.elements * NANOTRON_BYTES + _active(subject, sequence, mesh.tp)
-    used = mesh.tp * mesh.pp * mesh.dp
+    used = gpus_of(mesh)
     names = f"{target}: Nanotron {gpus.on(used)}", target, used
     padded = () if options.vocab_multiple is None else ("dst.vocab_multiple=1",)
     row = _row(subject, gpus, made, names, (share, needed), padded)

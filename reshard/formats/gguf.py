@@ -13,7 +13,7 @@ import torch
 
 from reshard import containers
 from reshard.containers.gguffile import Fields
-from reshard.encodings import ENCODINGS, TOOL_ONLY, require
+from reshard.encodings import ENCODINGS, TOOL_ONLY, Encoding
 from reshard.errors import CheckpointError, ConfigError, LayoutError
 from reshard.families import parameters as parameters_of
 from reshard.families.model import ModelConfig
@@ -86,7 +86,7 @@ def _slot(parameter: Parameter, model: ModelConfig, file: str, encoding: str | N
     matrix = len(parameter.shape) > 1
     codec = ENCODINGS[encoding] if matrix and encoding is not None else None
     if codec is not None:
-        require(codec, parameter.shape, f"gguf: `{parameter.name}`")
+        _require_blocks(parameter, codec)
     elif matrix and parameter.dtype not in PLAIN:
         raise LayoutError(
             f"gguf: `{parameter.name}` is {common.stored_text(parameter.dtype, None)}; "
@@ -105,6 +105,15 @@ def _slot(parameter: Parameter, model: ModelConfig, file: str, encoding: str | N
         parameter.dtype if plain else torch.float32,
         encoding=codec,
     )
+
+
+def _require_blocks(parameter: Parameter, codec: Encoding) -> None:
+    """Refuse a matrix whose rows are no whole blocks."""
+    if parameter.shape[-1] % codec.block:
+        raise LayoutError(
+            f"gguf: `{parameter.name}`: rows of {parameter.shape[-1]} elements are no whole "
+            f"{codec.name} blocks of {codec.block}; use dst.dtype=bfloat16, float16 or float32"
+        )
 
 
 def _kind(parameters: Sequence[Parameter], options: Options) -> str:

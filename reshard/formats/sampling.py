@@ -8,7 +8,7 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from reshard import containers, storage
+from reshard import containers
 from reshard.containers import Entry
 from reshard.geometry import row_major
 
@@ -19,10 +19,7 @@ def _row(path: Path, entry: Entry, row: int) -> bytes:
     """The bytes of one row of a stored tensor whose rows are contiguous."""
     nbytes = entry.shape[-1] * entry.dtype.itemsize
     offset = entry.offset + row * entry.strides[0] * entry.dtype.itemsize
-    elsewhere = containers.absent(path)
-    if elsewhere is not None:
-        return elsewhere.read(offset, nbytes)
-    return storage.read_bytes(path, offset, nbytes)
+    return containers.read(path, offset, nbytes)
 
 
 def rows_agree(path: Path, one: Entry, other: Entry) -> bool:
@@ -43,10 +40,7 @@ def _checksum(path: Path, key: str) -> int:
     if entry.strides != row_major(entry.shape):
         return isal_zlib.crc32(b"".join(_row(path, entry, row) for row in range(entry.shape[0])))
     nbytes = entry.dtype.itemsize * entry.shape[0] * entry.shape[1]
-    elsewhere = containers.absent(path)
-    if elsewhere is not None:
-        return elsewhere.crc32_of(entry.offset, nbytes)
-    return storage.crc32_of(path, entry.offset, nbytes)
+    return containers.crc32_of(path, entry.offset, nbytes)
 
 
 def equal_head_groups(files: Sequence[Path], keys: Sequence[str]) -> int:

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from reshard.dealing import rank_text
+
 MAX_STRIPES = 16
-MAX_RANKS_NAMED = 8
+MAX_TEXT = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +41,13 @@ class Shares:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Ranks in words: all of a few, and how many of many."""
-    ranks = sorted(ranks)
+    """Ranks in words: all of them where that is short, else how many they are."""
     if not ranks:
         return "no rank"
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    if len(ranks) <= MAX_RANKS_NAMED:
-        return f"ranks {', '.join(map(str, ranks))}"
-    if ranks[-1] - ranks[0] == len(ranks) - 1:
-        return f"ranks {ranks[0]} to {ranks[-1]}"
+    ranks = sorted(ranks)
+    text = rank_text(ranks)
+    if len(text) <= MAX_TEXT:
+        return text
     return f"{len(ranks)} ranks: {', '.join(map(str, ranks[:3]))}, ... {ranks[-1]}"
 
 

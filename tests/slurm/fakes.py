@@ -36,11 +36,28 @@ ENDING_SRUN = """\
 echo "srun $*" >>"$FAKE/calls"
 exit "$FAKE_CODE"
 """
-# A step cannot be told before its second second.
+# The first signal is lost, without an error; when the second has been sent, the step is over.
 SCANCEL = """\
 #!/bin/bash
 echo "scancel $*" >>"$FAKE/calls"
-(($(grep -c ^scancel "$FAKE/calls") > 1)) && kill "$(<"$FAKE/pid")"
+(($(grep -c ^scancel "$FAKE/calls") > 1)) && kill "$(<"$FAKE/pid")" || exit 0
+while kill -0 "$(<"$FAKE/pid")"; do /bin/sleep 0.01; done
+"""
+# Nobody has time.
+SLEEP = """\
+#!/bin/bash
+exec /bin/sleep 0.05
+"""
+# Sourced by a script before its first line: USR1 comes before the given command of `run_step`.
+INTERRUPTION = """\
+set -o functrace
+commands=0
+interrupt() {
+    [[ ${FUNCNAME[1]-} == run_step && $BASHPID == $$ ]] || return 0
+    commands=$((commands + 1))
+    ((commands != FAKE_MOMENT)) || kill -USR1 $$
+}
+[[ $0 != */slurm.sh ]] || trap interrupt DEBUG
 """
 SCONTROL = """\
 #!/bin/bash
@@ -69,7 +86,8 @@ class Fake:
     def place(self, srun: str, **more: str) -> None:
         """Put the commands where they are found first."""
         (self.folder / "bin").mkdir()
-        commands = {"srun": srun, "scancel": SCANCEL, "scontrol": SCONTROL, **more}
+        slurm = {"srun": srun, "scancel": SCANCEL, "scontrol": SCONTROL}
+        commands = {**slurm, "sleep": SLEEP, **more}
         for name, text in commands.items():
             (self.folder / "bin" / name).write_text(text)
             (self.folder / "bin" / name).chmod(0o755)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launched import ROOT
-from tests.slurm.fakes import ENDING_SRUN, HANGING_SRUN, LFS, SRUN, Fake
+from tests.slurm.fakes import ENDING_SRUN, HANGING_SRUN, INTERRUPTION, LFS, SRUN, Fake
 
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
 SLURM = ROOT / "launch" / "slurm.sh"
@@ -115,6 +115,18 @@ def test_a_job_that_is_done_when_it_is_stopped_is_not_queued_again(fake: Fake) -
     assert not any("requeue" in call for call in fake.calls)
 
 
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_usr1_is_heeded_whenever_it_comes(moment: int, fake: Fake) -> None:
+    """Before each command of `run_step`, up to `wait`, and not only while it waits."""
+    fake.place(HANGING_SRUN)
+    before = fake.folder / "interruption"
+    before.write_text(INTERRUPTION)
+    job = {**CPU, "BASH_ENV": str(before), "FAKE_MOMENT": str(moment)}
+    found = fake.run(ROOT / "slurm" / "cpu.sbatch", **job)
+    assert found.returncode == 143, found.stderr
+    assert fake.calls[-1] == "scontrol requeue 4242"
+
+
 LIST = "# those of May\n/a/one /b/uno\r\n\n/a/two\n  # none\n/a/with blank\t/b/with blank\n"
 
 
@@ -190,11 +202,49 @@ def test_every_node_copies_its_share(fake: Fake) -> None:
     assert not copies.exists()
 
 
-def test_a_source_that_cannot_be_copied_is_refused(fake: Fake) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--src", "{}"],
+        ["--src={}"],
+        ["--src", "meta8", "src.path={}"],
+        ["--src", "elsewhere", "src.path={}"],
+        ["--list", "list"],
+        ["--list", "list", "--src", "meta8"],
+    ],
+    ids=" ".join,
+)
+def test_the_copied_source_is_the_one_that_the_program_would_read(
+    words: list[str], fake: Fake
+) -> None:
+    """However it is named; src.path, which counts most, becomes the copy."""
+    fake.place(ENDING_SRUN)
+    source = fake.folder / "src"
+    for path in (source, fake.folder / "elsewhere"):
+        path.mkdir()
+    (fake.folder / "list").write_text(f"{source} /b/one\n")
+    options = [word for word in words if word == "--list"]
+    words = [word.format(source) for word in words[len(options) :]]
+    job = {"RESHARD_LOCAL": "1", "TMPDIR": "/disk", "FAKE_CODE": "0", "SLURM_ARRAY_TASK_ID": "1"}
+    found = fake.run(SLURM, *options, "--", *words, **job)
+    assert found.returncode == 0, found.stderr
+    staged, run = fake.calls[:2]
+    assert staged.endswith(f"launch/stage.sh {source} /disk/reshard-4242")
+    paths = [word for word in run.split() if word.startswith("src.path=")]
+    assert paths == ["src.path=/disk/reshard-4242"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["src.path=nowhere"], "nowhere"), (["--src", "meta8"], "meta8"), ([], "meta8")],
+)
+def test_a_source_that_cannot_be_copied_is_refused(
+    words: list[str], named: str, fake: Fake
+) -> None:
     fake.place(SRUN)
-    found = fake.run(SLURM, "--", "src.path=nowhere", RESHARD_LOCAL="1")
+    found = fake.run(SLURM, "--", *words, RESHARD_LOCAL="1")
     assert found.returncode == 2
-    assert re.fullmatch(r"reshard: RESHARD_LOCAL: src.path=`nowhere` is no .*\n", found.stderr)
+    assert re.fullmatch(rf"reshard: RESHARD_LOCAL: `{named}` is no .*\n", found.stderr)
 
 
 def test_the_directory_of_the_target_is_striped(fake: Fake) -> None:
