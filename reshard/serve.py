@@ -27,6 +27,7 @@ from reshard.errors import (
 )
 from reshard.families.model import Json
 from reshard.jobfiles import DONE, FAILED, Claim, JobFiles
+from reshard.lastwords import within_a_second
 from reshard.orders import Request, branch
 from reshard.smallfiles import discard_scratch
 
@@ -42,7 +43,7 @@ def serve(request: Request, ranks: Ranks, say: Callable[[str], None], *, verbose
     ranks.together(service.open)
     ranks.endure(service.farewell)
     with service.reporting():
-        while (name := service.next()) is not OVER:
+        while (name := service.next()) != OVER:
             if name is not None:
                 service.do(name)
 
@@ -137,7 +138,7 @@ class _Service:
     def _run(self) -> tuple[dict[str, object], str]:
         """Read the job file and do as it says; the report, and its line."""
         ranks = self._ranks
-        tree = ranks.gather(ranks.together(lambda: self._tree()))[0]
+        tree = ranks.gather(ranks.together(self._tree))[0]
         config = configuration.of_tree(tree)
         if config.engine.backend not in ("auto", ranks.backend):
             raise ConfigError(
@@ -211,8 +212,7 @@ class _Service:
         finally:
             over.set()
             if self._first:
-                thread.join()
-                self._enter(state)
+                within_a_second(lambda: self._enter(state))  # the disk may hang
 
     def farewell(self) -> None:
         """Leave in good order when the service is stopped; called in the watcher's thread."""

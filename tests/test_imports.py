@@ -257,6 +257,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "families",
         "job",
         "jobfiles",
+        "lastwords",
         "orders",
         "smallfiles",
         "yamltext",
