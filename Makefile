@@ -6,13 +6,16 @@ PEERS := .venv-peers
 CHROMIUM ?= chromium
 # The page down to its bars.
 PICTURE_HEIGHT := 1530
+BENCH_DIR ?= bench
+PAIRS ?=
+BENCH ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz real titan goldens llamacpp soak slurm-test picture clean
+.PHONY: help demo test check fuzz real titan goldens llamacpp soak slurm-test picture bench clean
 
 help:
 	@echo 'make demo    reshard a tiny seeded Llama from 8 Meta files to Nanotron TP=4, on 8 ranks'
@@ -26,7 +29,8 @@ help:
 	@echo 'make slurm-test  a real Slurm of two nodes runs the files of slurm/ (root, six minutes)'
 	@echo 'make llamacpp  llama.cpp reads our GGUF files: same ids, same text (built in 15 minutes)'
 	@echo 'make picture   the picture of a plan in docs/, as the README shows it (needs Chromium)'
-	@echo 'make clean   delete the environment, caches and the demo'
+	@echo 'make bench   seconds beside a copy and beside other tools (40 minutes on 2 cores, 42 GB of disk)'
+	@echo 'make clean   delete the environment, caches, the demo and what bench/ holds beside results'
 	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS=$(PIP_FLAGS)'
 
 demo: $(VENV)/.run
@@ -73,11 +77,18 @@ picture: $(VENV)/.run
 	    echo 'docs/plan.html is made; docs/plan.png needs Chromium, and `$(CHROMIUM)` is not there (CHROMIUM=...)'; \
 	fi
 
+# Without the peers' environment their rows say so. BENCH='--list', BENCH='--only meta8-tp4 --pairs 1'
+bench: $(VENV)/.dev
+	@$(MAKE) --no-print-directory $(PEERS)/.made || echo 'transformers 4.45 is not there to compare with'
+	@$(BIN)/python -m tests.benchmarks --dir '$(BENCH_DIR)' --peers $(PEERS)/bin/python \
+	    $(if $(PAIRS),--pairs $(PAIRS)) $(BENCH)
+
 slurm-test: $(VENV)/.dev
 	@PATH="$(abspath $(BIN)):$$PATH" tests/slurm/run.sh
 
 clean:
-	rm -rf $(VENV) .venv-titan .venv-llamacpp $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info reshard-demo
+	rm -rf $(VENV) .venv-titan .venv-llamacpp $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info reshard-demo \
+	    bench/models bench/out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

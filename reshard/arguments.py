@@ -8,7 +8,7 @@ from reshard.errors import ConfigError
 LOGS = ("log_dir", "verbose", "quiet", "debug")
 FLAGS = {
     "run": ("src", "dst", "config", "report", "html", "force", *LOGS),
-    "plan": ("src", "dst", "config", "world", "html", "debug"),
+    "plan": ("src", "dst", "config", "world", "disk", "net", "per_node", "html", "debug"),
     "inspect": ("json", "checksums", "debug"),
     "verify": ("cast", "load", *LOGS),
     "fit": ("src", "gpus", "context", "batch", "json", "debug"),
@@ -39,18 +39,17 @@ KEY=VALUE sets any key of the configuration:
   src.tied src.rope_factor src.rope_interleaved src.rope    what the files of a source do not say;
                              these, src.model, src.assets also for inspect and verify (both sides)
   src.version=1|2|code|3|3.1|3.2|3.3 src.instruct=true|false    which Llama a Meta directory is
-  src.vocab=N|tokenizer      rows beyond the vocabulary of N (or of tokenizer.json) are dropped
-  src.file=NAME              gguf: which of several files
+  src.vocab=N|tokenizer      rows beyond the vocabulary are dropped; src.file=NAME  of several gguf
   dst.dtype=keep|bfloat16|float16|float32        gguf: q8_0, q5_0, q5_1, q4_0, q4_1 too
   dst.vocab_multiple=N       pads the vocabulary with rows of zeros
-  dst.max_shard_size=5GB     hf
-  dst.embedding_dim=auto|0|1 meta
+  dst.max_shard_size=5GB     hf            dst.embedding_dim=auto|0|1         meta
   dst.rope_interleaved=true|false dst.like=DIR
   dst.wrapper=model|none     fsdp: whether names stand below a dict `model`
   dst.rope=interleaved|half dst.keys=current|older dst.mesh.tp=N      titan
   engine.memory=256MiB       per rank, a hard bound
   engine.exchange=collective|direct   engine.writers=nearest|owner   engine.backend=auto|nccl|gloo
   engine.timeout=1800        seconds without progress   engine.fsync=true
+  engine.shared_files=auto|always|never          several machines may write one file; auto: not NFS
   engine.verify=false        true: reads everything back, from the disk, before it is published
   engine.require_complete=false       true: refuse a target that would lack config or tokenizer
 With neither src.path nor dst.path, `run` makes a tiny model below ./reshard-demo and reshards it.
@@ -61,8 +60,7 @@ A target is absent or complete, whatever ends a job; TorchTitan's is dst.path/st
   A finished DST of this very job is already done (0). An empty DST counts as absent; any other is
   refused, as is the partial result of another job: --force discards that, and replaces a DST that
   this program wrote (between the two renames it is absent; who was stopped there puts it back).
-  A symlink or a mount point as DST is refused: name a directory below it. DST.lock keeps a second
-  job away for as long as the first lives.
+  A symlink or a mount point as DST is refused; DST.lock keeps a second job away meanwhile.
 
 exit codes: 0 done or already done; 1 failed, or a difference was found; 2 refused; 130, 143 stopped
 """
@@ -140,6 +138,9 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
     flag("--dst", "the target's topology", metavar="SPEC")
     flag("--config", "a YAML file with the keys src, dst and engine", metavar="FILE")
     flag("--world", "plan: for how many ranks (1)", metavar="N", type=int)
+    flag("--disk", "plan: GB/s of each node's disk, for the least time", metavar="N", type=float)
+    flag("--net", "plan: GB/s of each node's network, likewise", metavar="N", type=float)
+    flag("--per-node", "plan: ranks on each node (8)", metavar="N", type=int)
     flag("--report", "run: write the figures as JSON", metavar="FILE")
     flag("--html", "run, plan: write a page with pictures of the plan", metavar="FILE")
     flag("--json", "inspect, fit: as JSON", action="store_true")

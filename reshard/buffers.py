@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 
 from reshard.encodings import Coded, Encoding, decode, encode
-from reshard.geometry import row_major
+from reshard.geometry import Region, row_major
 from reshard.layout import StoredTensor
-from reshard.packing import Packed, packed
+from reshard.packing import Packed, carry, copies, packed, shift
 from reshard.storage import Files
 
 ALIGN = 64
@@ -49,6 +49,8 @@ class Buffer:
 
     def take(self, nbytes: int) -> int:
         """The offset of `nbytes` more bytes."""
+        if self._used + nbytes > len(self.memory):
+            raise BufferError(f"a round has more than the {len(self.memory)} bytes of a buffer")
         start, self._used = self._used, self._used + -(-nbytes // ALIGN) * ALIGN
         return start
 
@@ -69,13 +71,43 @@ class Part:
         """The base in elements."""
         return self.base // self.stored.dtype.itemsize
 
+    def within(self, buffer: Buffer) -> tuple[torch.Tensor, int]:
+        """The buffer as elements of the part's dtype, and the base in them."""
+        return buffer.view(self.stored.dtype), self.element()
+
+
+def _packed(stored: StoredTensor, places: Places) -> tuple[int, Packed]:
+    """Where a stored tensor begins in its file, and how its part is packed."""
+    offset, strides = places.locate(stored)
+    odd = strides if strides != row_major(stored.shape) else None
+    return offset, packed(stored.slot.placement, stored.shard, stored.region, odd)
+
 
 def place_part(stored: StoredTensor, places: Places, buffer: Buffer) -> Part:
     """Room in `buffer` for a part of a stored tensor."""
-    offset, strides = places.locate(stored)
-    odd = strides if strides != row_major(stored.shape) else None
-    layout = packed(stored.slot.placement, stored.shard, stored.region, odd)
+    offset, layout = _packed(stored, places)
     return Part(stored, layout, buffer.take(stored.room), offset)
+
+
+def as_it_lies(part: Part, stored: StoredTensor, places: Places) -> Part | None:
+    """A part of another stored tensor that `part` holds byte for byte; None where it does not."""
+    if part.stored.dtype != stored.dtype or stored.slot.encoding is not None:
+        return None
+    offset, layout = _packed(stored, places)
+    first = shift(part.packed, layout, stored.region)
+    if first is None:
+        return None
+    return Part(stored, layout, part.base + first * stored.dtype.itemsize, offset)
+
+
+def fill(
+    part: Part, buffer: Buffer, box: Packed, region: Region, flat: torch.Tensor, base: int
+) -> int:
+    """Copy what `box` has of a part: it holds `region`, from `base` of `flat` on; the bytes."""
+    common = region & part.stored.region
+    if common is None:
+        return 0
+    return carry(copies(box, part.packed, common), flat, base, *part.within(buffer))
 
 
 def runs_of(part: Part, buffer: Buffer) -> Iterator[tuple[int, memoryview]]:
@@ -126,7 +158,10 @@ def load(
             count = encoding.size(room.nbytes // part.stored.dtype.itemsize)
             runs.append((part.stored.file, offset, room[room.nbytes - count :]))
             coded.append((encoding, room))
-    for file, begin, views in joined(runs):
+    together = list(joined(runs))
+    for file, begin, views in together:
+        files.expect(file, begin, sum(view.nbytes for view in views))
+    for file, begin, views in together:
         files.read(file, begin, views)
     for encoding, room in coded:
         decode(encoding, room)

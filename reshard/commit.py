@@ -9,7 +9,7 @@ import contextlib
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import chain
@@ -23,7 +23,7 @@ from reshard.errors import CheckpointError, StorageError
 from reshard.geometry import row_major
 from reshard.journal import Record
 from reshard.layout import Content, Layout, StoredTensor
-from reshard.storage import Files, create, sync
+from reshard.storage import Files, create, sync, sync_all
 
 ZEROS = bytes(1 << 20)
 OFFSETS_KEPT = 40_000  # about 200 bytes each
@@ -171,13 +171,7 @@ def _tensor_crc(
 
 
 def finish_file(
-    data: Path,
-    layout: Layout,
-    file: str,
-    skeleton: Skeleton,
-    records: Iterable[Record],
-    *,
-    fsync: bool,
+    data: Path, layout: Layout, file: str, skeleton: Skeleton, records: Iterable[Record]
 ) -> list[Extent]:
     """Prove that one file is complete, write its checksum fields, return its extents in order."""
     constants = {item.content.key: item.data for item in layout.constants if item.file == file}
@@ -202,8 +196,6 @@ def finish_file(
     for start, chunk in skeleton.chunks:
         crc = _chunk_crc(chunk, {place - start: crc for place, crc in fields.items()})
         extents.append(Extent(start, len(chunk), "header", crc))
-    if fsync:
-        sync(data / file)
     return sorted((extent for extent in extents if extent.length), key=lambda extent: extent.start)
 
 
@@ -255,7 +247,6 @@ def write_pieces(
     return file_record([Extent(0, position, what, crc)] if position else [])
 
 
-def sync_directories(root: Path) -> None:
-    """Bring every directory below `root` to the disk."""
-    for folder, _, _ in os.walk(root):
-        sync(Path(folder))
+def sync_directories(root: Path, on_step: Callable[[], None]) -> None:
+    """Bring every directory below `root` to the disk; `on_step` is called after each."""
+    sync_all((Path(folder) for folder, _, _ in os.walk(root)), on_step)

@@ -23,7 +23,6 @@ from reshard.differences import (
     warning,
 )
 from reshard.distributed import Ranks
-from reshard.engine import RESERVED_BYTES
 from reshard.errors import ConfigError, LayoutError, VerifyError
 from reshard.formats import common
 from reshard.formats.options import Options, Scan
@@ -33,6 +32,8 @@ from reshard.moves import Move
 from reshard.packing import copies, plain
 from reshard.plan import Plan
 from reshard.progress import Progress
+from reshard.room import RESERVED_BYTES
+from reshard.schedule import least_capacity, moves
 from reshard.sources import without_padding
 from reshard.storage import Files
 from reshard.units import size_text
@@ -84,7 +85,7 @@ def _check_share(scans: Sequence[Scan], ranks: Ranks) -> None:
 
 def _capacity(plan: Plan, memory: int) -> int:
     """The size of each of the four buffers; too little memory is refused with the least."""
-    capacity = plan.least_capacity(ALIGN)
+    capacity = least_capacity(plan, ALIGN)
     least = -(-(RESERVED_BYTES + 4 * capacity) >> 20)
     if memory < least << 20:
         raise ConfigError(
@@ -147,7 +148,7 @@ def _compare(sides: tuple[Side, Side], plan: Plan, ranks: Ranks, *, cast: bool) 
     """What the blocks of this rank show."""
     findings, total = Findings(), plan.source.total_bytes() // ranks.world
     with Progress(total, ranks.rank == 0, ranks.step, "comparing") as progress:
-        for move in plan.moves(ranks.rank):
+        for move in moves(plan, ranks.rank):
             sides[0].load(move.reads)
             sides[1].load(move.pieces)
             kinds = kinds_of(plan, move.block.parameter)

@@ -84,6 +84,7 @@ class Engine:
     backend: str
     timeout: float
     fsync: bool
+    shared_files: str
     verify: bool
     require_complete: bool
 
@@ -208,6 +209,7 @@ def _checked(schema: Schema) -> JobConfig:
     engine = schema.engine
     _one_of("engine.exchange", engine.exchange, ("collective", "direct"))
     _one_of("engine.writers", engine.writers, ("nearest", "owner"))
+    _one_of("engine.shared_files", engine.shared_files, ("auto", "always", "never"))
     _one_of("engine.backend", engine.backend, ("auto", "nccl", "gloo"))
     _one_of("src.replicas", schema.src.replicas, ("first", "strict"))
     if engine.exchange == "direct" and engine.writers == "owner":
@@ -228,6 +230,7 @@ def _checked(schema: Schema) -> JobConfig:
             engine.backend,
             engine.timeout,
             engine.fsync,
+            engine.shared_files,
             engine.verify,
             engine.require_complete,
         ),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from reshard.layout import Layout
+from reshard.layout import Layout, Slot
 
 Ranks = tuple[int, ...]
 
@@ -29,6 +29,68 @@ def local_readers(source: Layout, local: Mapping[str, Ranks]) -> Mapping[tuple[R
         dealt = deal(len(coordinates), len(ranks))
         for coordinate, places in zip(sorted(coordinates), dealt, strict=True):
             found[ranks, coordinate] = tuple(ranks[place] for place in places)
+    return found
+
+
+class Dealing:
+    """The groups of ranks that the shards of a layout are dealt out over.
+
+    `ranks` has those of each mesh coordinate, and `local` those of the files that only some ranks
+    deal with, who share these files' coordinates among themselves.
+    """
+
+    def __init__(
+        self, layout: Layout, ranks: Sequence[Ranks], local: Mapping[str, Ranks] | None = None
+    ) -> None:
+        self._local = local or {}
+        among = local_readers(layout, self._local)
+        self._numbers = {key: len(ranks) + place for place, key in enumerate(among)}
+        self.groups = (*ranks, *among.values())
+
+    def group(self, slot: Slot, shard: int) -> int:
+        """The number of the group that a shard is dealt to."""
+        only = self._local.get(slot.file_of(shard)) if self._local else None
+        coordinate = slot.coordinate_of(shard)
+        return coordinate if only is None else self._numbers[only, coordinate]
+
+    def of(self, slots: Sequence[Slot]) -> tuple[int, tuple[Sequence[int], ...]]:
+        """The groups of a parameter's shards by place, less the first one, which is given too."""
+        first = self.group(slots[0], 0)
+        return first, tuple(self._by_shard(slot, first) for slot in slots)
+
+    def _by_shard(self, slot: Slot, first: int) -> Sequence[int]:
+        shards = range(slot.placement.cut.parts)
+        if self._local or slot.spread:
+            return tuple(self.group(slot, shard) - first for shard in shards)
+        return range(slot.coordinate - first, slot.coordinate - first + len(shards))
+
+
+def files_by_host(
+    target: Layout, owners: Sequence[Ranks], hosts: Sequence[int]
+) -> Mapping[str, Ranks]:
+    """The ranks of the one host that writes each file: of its owners' the one with fewest bytes.
+
+    Two hosts that write one page of a file at a time may undo each other's bytes where the file
+    system does not keep their caches the same (NFS).
+    """
+    members: dict[int, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        members.setdefault(host, []).append(rank)
+    homes: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for slot in target.slots:
+        for shard in range(slot.placement.cut.parts):
+            file = slot.file_of(shard)
+            homes.setdefault(file, slot.coordinate_of(shard))
+            sizes[file] = sizes.get(file, 0) + slot.placement.box(shard).numel * slot.dtype.itemsize
+    written = dict.fromkeys(members, 0)
+    found = {}
+    for file in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        host = min(
+            {hosts[rank] for rank in owners[homes[file]]}, key=lambda one: (written[one], one)
+        )
+        written[host] += sizes[file]
+        found[file] = tuple(members[host])
     return found
 
 

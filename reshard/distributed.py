@@ -9,26 +9,27 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch.distributed import HashStore, distributed_c10d  # type: ignore[attr-defined]  # not in the stubs
-
-from reshard.errors import (
-    ConfigError,
-    DisagreementError,
-    PeerError,
-    ReshardError,
-    first_line,
-    told,
+from torch.distributed import (  # type: ignore[attr-defined]  # not in the stubs
+    HashStore,
+    PrefixStore,
+    distributed_c10d,
+    rendezvous,
 )
+
+from reshard.backends import Word, agreed, own_word
+from reshard.carrier import Carrier, Cuda, DeviceError, Host
+from reshard.errors import DisagreementError, PeerError, ReshardError, first_line, told
 from reshard.lastwords import end_with, report_failure
 from reshard.logs import LOG
 from reshard.meeting import (
     LAUNCHER,
     first_here,
+    launched_rank,
     launched_world,
     meeting_place,
     remember_refusal,
@@ -37,6 +38,7 @@ from reshard.meeting import (
 from reshard.watcher import Activity, Place, Watcher
 
 PATIENCE = timedelta(days=30)
+REFUSAL_PATIENCE = timedelta(minutes=1)
 T = TypeVar("T")
 
 
@@ -46,45 +48,43 @@ def end_with_launcher(over: Callable[[], bool]) -> None:
         end_with(LAUNCHER, over, speaks=first_here())
 
 
-def _meet(backend: str, limit: timedelta) -> PartialState:
+def _meeting(limit: timedelta) -> dict[str, object]:
+    """Where the ranks meet, as init_process_group takes it; {}: it finds out, or has done so."""
+    place = meeting_place(limit)
+    if place or launched_world() == 1 or dist.is_initialized():
+        return place
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return {}
+    store, rank, world = next(rendezvous("env://", timeout=limit))
+    store.set_timeout(limit)
+    return {"store": PrefixStore("ranks", store), "rank": rank, "world_size": world}
+
+
+def _agreed(asked: str, limit: timedelta) -> tuple[Word, dict[str, object]]:
+    """The backend of all ranks, and where they meet to use it."""
+    rank, world = launched_rank(), launched_world()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = max(here, int(os.environ.get("LOCAL_RANK", "0")) + 1)  # not every launcher says both
+    word = own_word(asked, here, alone=world == 1)
+    patience = min(limit, REFUSAL_PATIENCE) if word.refusal else limit
+    return agreed(word, rank, world, lambda: _meeting(patience))
+
+
+def _meet(backend: str, limit: timedelta, place: dict[str, object]) -> PartialState:
     """The state of this process once all ranks have met, for which they have until `limit`."""
-    try:
-        with warnings.catch_warnings():  # of accelerate's choice of threads, which is ours
-            warnings.simplefilter("ignore")
-            return PartialState(
-                cpu=backend == "gloo",
-                backend=backend if launched_world() > 1 else None,
-                timeout=limit,
-                **meeting_place(limit),
-            )
-    except RuntimeError as error:
-        raise PeerError(f"the ranks could not meet: {first_line(error)}") from None
-
-
-def choose_backend(asked: str, local_ranks: int, devices: int) -> tuple[str, str | None]:
-    """The backend for `local_ranks` on a machine with `devices` GPUs.
-
-    The second value is a remark where the choice is not the obvious one.
-    """
-    if asked == "gloo":
-        return "gloo", None
-    if asked == "nccl":
-        if devices == 0:
-            raise ConfigError(
-                "engine.backend=nccl: no CUDA device was found; use engine.backend=gloo"
-            )
-        if local_ranks > devices:
-            raise ConfigError(
-                f"engine.backend=nccl: {local_ranks} ranks on this machine, but {devices} GPUs; "
-                f"NCCL wants a GPU for each, so start --nproc-per-node {devices}, "
-                "or use engine.backend=gloo"
-            )
-        return "nccl", None
-    if devices == 0:
-        return "gloo", None
-    if local_ranks > devices:
-        return "gloo", f"{local_ranks} ranks on {devices} GPUs: using Gloo on CPU"
-    return "nccl", None
+    several = launched_world() > 1
+    if backend == "nccl":
+        # Else NCCL's watchdog aborts a process whose peer is gone, before the watcher has said why
+        # ("PYTORCH ProcessGroupNCCL Environment Variables" in torch's documentation).
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    with warnings.catch_warnings():  # of accelerate's choice of threads, which is ours
+        warnings.simplefilter("ignore")
+        return PartialState(
+            cpu=backend == "gloo" or not several,
+            backend=backend if several else None,
+            timeout=limit,
+            **place,
+        )
 
 
 def _own_store() -> distributed_c10d.Store:
@@ -98,24 +98,33 @@ class Ranks:
     """All ranks of a job, seen from one of them. A job of one rank needs no process group."""
 
     def __init__(self, backend: str = "auto", timeout: float = 1800.0) -> None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        chosen, self.remark = choose_backend(backend, local, torch.cuda.device_count())
-        state = _meet(chosen, timedelta(seconds=timeout + 60))
-        self.rank, self.world = state.process_index, state.num_processes
-        self.device = state.device if chosen == "nccl" else torch.device("cpu")
-        self.backend = chosen
-        self._control: dist.ProcessGroup | None = None
+        limit = timedelta(seconds=timeout + 60)
+        word, place = _agreed(backend, limit)
+        self.backend, self.remark = word.chosen, word.remark
+        try:
+            state = _meet(self.backend, limit, place)
+            self.rank, self.world = state.process_index, state.num_processes
+            self.device = state.device if self.backend == "nccl" else torch.device("cpu")
+            self._control = self._control_group(limit)
+        except RuntimeError as error:
+            raise PeerError(f"the ranks could not meet: {first_line(error)}") from None
+        self._carrier = Carrier(Cuda(self.device) if self.cuda else Host())
         store: distributed_c10d.Store = HashStore()
         torch.set_num_threads(1)  # copies of microseconds wait for no pool of threads
         if self.world > 1:
-            self._control = dist.new_group(backend="gloo") if chosen == "nccl" else dist.group.WORLD
             # Once all have met, the watcher alone tells a rank that hangs from one that takes long.
             for group in (dist.group.WORLD, self._control):
                 distributed_c10d._set_pg_timeout(PATIENCE, group)
             store = _own_store()
-        place = Place(self.rank, self.world, speaks(), LAUNCHER)
-        self._watcher = Watcher(store, place, timeout, remember_refusal)
+        here = Place(self.rank, self.world, speaks(), LAUNCHER)
+        self._watcher = Watcher(store, here, timeout, remember_refusal)
         self._watcher.start()
+
+    def _control_group(self, limit: timedelta) -> dist.ProcessGroup | None:
+        """The group for all but the bytes, which is Gloo's; None for a rank that is alone."""
+        if self.world > 1 and self.cuda:
+            return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
+        return dist.group.WORLD if self.world > 1 else None
 
     @property
     def first_here(self) -> bool:
@@ -125,7 +134,7 @@ class Ranks:
     @property
     def cuda(self) -> bool:
         """Whether bytes cross between GPUs."""
-        return self.device.type == "cuda"
+        return bool(self.device.type == "cuda")
 
     @property
     def activity(self) -> Activity:
@@ -226,23 +235,21 @@ class Ranks:
     ) -> None:
         """Exchange one flat message per peer.
 
-        On CUDA, host buffers are pinned and staged through the device.
+        The buffers that messages lie in are as large on one rank as on another: where a device has
+        to make room for them, all do so together, and an error of one is raised on all.
         """
         self.step()
-        splits = list(received_bytes), list(sent_bytes)
+        if self._carrier.lacks_room(received, sent):
+            self._make_room(received, sent)
+        self._waiting(lambda: self._carrier.carry(received, sent, received_bytes, sent_bytes))
 
-        def between_devices() -> None:
-            there = torch.empty_like(received, device=self.device)
-            here = sent.to(self.device, non_blocking=True)
-            dist.all_to_all_single(there, here, *splits)
-            received.copy_(there, non_blocking=True)
-            # The host buffers are used again as soon as this returns.
-            torch.cuda.current_stream(self.device).synchronize()
-
-        if self.cuda:
-            self._waiting(between_devices)
-        else:
-            self._waiting(lambda: dist.all_to_all_single(received, sent, *splits))
+    def _make_room(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        """Have the device make room for messages on all ranks, or on none."""
+        try:
+            self.together(lambda: self._carrier.make_room(received, sent))
+        except ReshardError:
+            self._carrier.give_back()
+            raise
 
     def _waiting(self, call: Callable[[], object]) -> None:
         """Make a collective call; a peer that is gone is the watcher's business."""
@@ -252,8 +259,10 @@ class Ranks:
         activity.waiting = True
         try:
             call()
-        except torch.OutOfMemoryError:
-            raise MemoryError from None
+        except DeviceError as error:
+            # The others wait for messages, where none meets them: not in a service either.
+            self._watcher.trouble(*told(error))
+            raise
         except RuntimeError as error:
             raise PeerError(
                 f"lost contact with another rank in phase `{activity.phase}` ({first_line(error)})"

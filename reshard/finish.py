@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from reshard import commit, manifest
+from reshard.dealing import files_of
 from reshard.distributed import Ranks
 from reshard.errors import StorageError
 from reshard.formats import common
@@ -13,7 +14,7 @@ from reshard.journal import Table
 from reshard.plan import Plan
 from reshard.prepare import Prepared, small_files
 from reshard.readback import differing
-from reshard.storage import forget
+from reshard.storage import forget, sync_all
 from reshard.workspace import Workspace
 
 
@@ -67,20 +68,22 @@ class Finish:
     ) -> dict[str, dict[str, object]]:
         """Prove, patch and sync the files of this rank; their records for the manifest."""
         ranks, target = self.ranks, self.plan.target
-        table = Table.read(self.workspace.journals, ranks.step, ranks.rank, ranks.world)
+        own = files_of(ranks.rank, ranks.world, target.files, self.plan.writing_hosts)
+        numbers = {file: number for number, file in enumerate(target.files)}
+        table = Table.read(self.workspace.journals, ranks.step, [numbers[file] for file in own])
         records = {}
-        for number in range(ranks.rank, len(target.files), ranks.world):
+        for file in own:
             ranks.step()
-            file = target.files[number]
             extents = commit.finish_file(
                 self.workspace.data,
                 target,
                 file,
                 places.skeleton(file),
-                table.of_file(number),
-                fsync=fsync,
+                table.of_file(numbers[file]),
             )
             records[file] = commit.file_record(extents)
+        if fsync:
+            sync_all((self.workspace.data / file for file in records), ranks.step)
         return records
 
     def _write_small_files(
@@ -121,7 +124,7 @@ class Finish:
         path = data / common.MANIFEST
         small[common.MANIFEST] = commit.write_pieces(path, (listed,), "text", fsync=fsync)
         if fsync:
-            commit.sync_directories(data)
+            commit.sync_directories(data, self.ranks.step)
         return small
 
 

@@ -63,9 +63,12 @@ def whole(shape: Sequence[int]) -> Region:
     return Region((0,) * len(shape), tuple(shape))
 
 
-def disjoint(regions: Sequence[Region]) -> list[Region]:
-    """Boxes that cover what `regions` cover, each element once."""
-    covered: list[Region] = []
+def disjoint(regions: Sequence[Region], apart: Sequence[Region] = ()) -> list[Region]:
+    """Boxes that cover what `regions` and `apart` cover, each element once.
+
+    Those of `apart` have no element in common.
+    """
+    covered = list(apart)
     for region in regions:
         rest = [region]
         for taken in covered:

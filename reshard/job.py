@@ -13,20 +13,24 @@ from reshard.checks import Check
 from reshard.config import JobConfig
 from reshard.dealing import files_of
 from reshard.distributed import Ranks
-from reshard.engine import Counters, Engine, round_bytes
-from reshard.errors import CheckpointError, ConfigError, ReshardError, StorageError
+from reshard.engine import Counters, Engine
+from reshard.errors import CheckpointError, ConfigError, ReshardError
 from reshard.finish import Finish, library_versions
 from reshard.formats import common
 from reshard.formats.options import Scan
 from reshard.geometry import whole
-from reshard.journal import Journal, Record, Table
+from reshard.journal import Journal, Table
 from reshard.logs import LOG
+from reshard.machines import writing_hosts
 from reshard.plan import Plan
 from reshard.prepare import Prepared, job_digest, prepare, source_states
 from reshard.progress import Progress
 from reshard.replicas import compare
 from reshard.report import Figures, Report, memory_of
-from reshard.storage import Files, allocated_bytes, crc32_of, forget, require_space
+from reshard.resume import intact_runs
+from reshard.room import round_bytes
+from reshard.space import allocated_bytes, require_space
+from reshard.storage import Files
 from reshard.units import size_text
 from reshard.view import through, within
 from reshard.workspace import State, Workspace, require_apart, require_shared
@@ -55,7 +59,8 @@ def _under_way(
     require_apart(prepared.root(scan), workspace.target)
     files = files_of(ranks.rank, ranks.world, scan.layout.files, prepared.local)
     ranks.together(within(prepared.view, lambda: common.check_headers(scan, files)))
-    plan = prepared.plan(ranks.world)
+    hosts = writing_hosts(ranks, workspace.target, config.engine.shared_files)
+    plan = ranks.together(lambda: prepared.plan(ranks.world, hosts))
     capacity = ranks.together(lambda: round_bytes(config.engine.memory, plan))
     states = tuple(source_states(scan))
     digest = job_digest(prepared, plan)
@@ -140,7 +145,8 @@ class _Run:
 
     def _own_files(self) -> tuple[str, ...]:
         """The target files that this rank lays out and finishes."""
-        return self.plan.target.files[self.ranks.rank :: self.ranks.world]
+        ranks, files = self.ranks, self.plan.target.files
+        return tuple(files_of(ranks.rank, ranks.world, files, self.plan.writing_hosts))
 
     def _move(self, places: commit.TargetPlaces, state: State) -> tuple[Counters, list[str]]:
         """Lay out the files, run the rounds, and compare what the source holds more than once."""
@@ -150,7 +156,11 @@ class _Run:
             lambda: commit.lay_out(workspace.data, self.plan.target, places, self._own_files())
         )
         attempt = ranks.together(lambda: journal.next_attempt(workspace.journals))
-        done = self._resume() if state is State.RESUMED else Table.empty()
+        done = (
+            intact_runs(self.plan, ranks, workspace, self._own_files())
+            if state is State.RESUMED
+            else Table.empty()
+        )
         ranks.barrier("files laid out")
         counters, checks, losses = ranks.together(lambda: self._run_rounds(places, attempt, done))
         counters.written += written
@@ -169,7 +179,9 @@ class _Run:
         crossing = ranks.world > 1 and self.plan.exchange == "collective"
         with (
             contextlib.closing(Files(self.scan.root, os.O_RDONLY)) as reading,
-            contextlib.closing(Files(self.workspace.data, os.O_WRONLY)) as writing,
+            contextlib.closing(
+                Files(self.workspace.data, os.O_WRONLY, through=self.prepared.config.engine.fsync)
+            ) as writing,
             Journal(self.workspace.journals, attempt, ranks.rank) as records,
         ):
             engine = Engine(
@@ -181,7 +193,7 @@ class _Run:
                 exchange=ranks if crossing else None,
                 journal=records,
                 done=done,
-                pinned=ranks.cuda,
+                pinned=crossing and ranks.cuda,
                 on_error=self._trouble,
             )
             ranks.phase("move")
@@ -211,30 +223,6 @@ class _Run:
             whole(slots[0].placement.shape).numel * slots[0].dtype.itemsize for slots in places
         )
         return total if self.plan.exchange == "collective" else total // self.ranks.world
-
-    def _resume(self) -> Table:
-        """The runs of earlier attempts that are still intact, checked by all ranks together."""
-        ranks = self.ranks
-        ranks.phase("resume")
-        for file in self._own_files():
-            # What a sync failed to bring to the disk may still be in memory, where it looks right.
-            with contextlib.suppress(StorageError):  # what is lost is written again
-                forget(self.workspace.data / file)
-        table = ranks.together(lambda: Table.read(self.workspace.journals, ranks.step))
-        ranks.agree("state of the journals", table.digest())
-        own = ranks.together(lambda: table.check(self._intact, ranks.rank, ranks.world))
-        return table.kept(ranks.gather(own))
-
-    def _intact(self, record: Record) -> bool:
-        """Whether a journalled run still has its checksum; one that cannot be read has not."""
-        self.ranks.step()
-        if record.file >= len(self.plan.target.files):
-            return False
-        path = self.workspace.data / self.plan.target.files[record.file]
-        try:
-            return crc32_of(path, record.offset, record.length) == record.crc
-        except (CheckpointError, StorageError):
-            return False
 
     def _judge(self, checks: list[Check]) -> list[str]:
         """Have the first rank compare copies, and look whether the source is as it was.

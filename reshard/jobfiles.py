@@ -20,6 +20,7 @@ from pathlib import Path
 
 from reshard import storage
 from reshard.errors import StorageError
+from reshard.locks import locked
 
 QUEUED, RUNNING, DONE, FAILED = STATES = ("queued", "running", "done", "failed")
 STATUS = "status.json"
@@ -62,7 +63,7 @@ class JobFiles:
         for state in (RUNNING, QUEUED):
             for file in self._names(state):
                 name = _plain(file)
-                with storage.locked(self.folder / RUNNING / f"{name}.lock") as ours:
+                with locked(self.folder / RUNNING / f"{name}.lock") as ours:
                     path = self._take(file, name, state) if ours else None
                     if path is not None:
                         yield Claim(name, path, self._begun(name))

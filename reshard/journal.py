@@ -114,15 +114,16 @@ class Table:
 
     @classmethod
     def read(
-        cls, directory: Path, on_step: Callable[[], None], rank: int = 0, world: int = 1
+        cls, directory: Path, on_step: Callable[[], None], files: Sequence[int] | None = None
     ) -> "Table":
-        """The records of all journals that belong to every `world`-th file from `rank` on."""
+        """The records of all journals, or those of the files of some numbers."""
         arrays = [array(code) for _, code in FIELDS]
         for path in journals(directory):
             for data in _believed(path):
                 on_step()
                 records = np.frombuffer(data, PACKED) if data else np.empty(0, PACKED)
-                records = records[records["file"] % world == rank]
+                if files is not None:
+                    records = records[np.isin(records["file"], files)]
                 for (name, code), column in zip(FIELDS, arrays, strict=True):
                     column.frombytes(records[name].astype(code).tobytes())
         return cls(_latest([np.asarray(column) for column in arrays]))

@@ -5,7 +5,7 @@ table of slots, and stored tensors are made on demand.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -239,34 +239,39 @@ class Layout:
         return self.metadata(*self._shards_of.get(file, (file, 0)))
 
     def tensors_on(self, parameter: str, region: Region) -> Iterator[StoredTensor]:
-        """Every stored tensor that holds a part of `region`, with its windows on it.
-
-        The tensors with `copy` 0 tile the region; the others hold parts of it again.
-        """
-        before = 0
-        for slot in self.places[parameter]:
-            copies = slot.placement.cut.copies
-            for shard in slot.placement.shards(region):
-                for held in slot.placement.regions(shard):
-                    common = held & region
-                    if common is None:
-                        continue
-                    yield StoredTensor(
-                        file=slot.file_of(shard),
-                        key=slot.key_of(shard),
-                        dtype=slot.dtype,
-                        shape=slot.placement.stored_shape(shard),
-                        coordinate=slot.coordinate_of(shard),
-                        region=common,
-                        slot=slot,
-                        shard=shard,
-                        copy=before + shard % copies,
-                    )
-            before += copies
+        """Every stored tensor that holds a part of `region`, as `stored_on` gives them."""
+        return stored_on(self.places[parameter], region)
 
     def total_bytes(self) -> int:
         """Bytes of all stored tensors, padding and constants included."""
         return sum(content.nbytes for file in self.files for content in self.contents(file))
+
+
+def stored_on(slots: Iterable[Slot], region: Region) -> Iterator[StoredTensor]:
+    """Every stored tensor that holds a part of `region` of a parameter, given its places.
+
+    The tensors with `copy` 0 tile the region; the others hold parts of it again.
+    """
+    before = 0
+    for slot in slots:
+        copies = slot.placement.cut.copies
+        for shard in slot.placement.shards(region):
+            for held in slot.placement.regions(shard):
+                common = held & region
+                if common is None:
+                    continue
+                yield StoredTensor(
+                    file=slot.file_of(shard),
+                    key=slot.key_of(shard),
+                    dtype=slot.dtype,
+                    shape=slot.placement.stored_shape(shard),
+                    coordinate=slot.coordinate_of(shard),
+                    region=common,
+                    slot=slot,
+                    shard=shard,
+                    copy=before + shard % copies,
+                )
+        before += copies
 
 
 def check_covered(layout: Layout) -> None:

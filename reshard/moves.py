@@ -9,11 +9,11 @@ from reshard.layout import StoredTensor
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Whole rows of one parameter; `ordinal` is what dealing and tie-breaking rotate by."""
+    """Whole rows of one parameter, of whose blocks it is the `index`-th."""
 
     parameter: str
     region: Region
-    ordinal: int
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """All that happens to one block: which ranks read and write, and what crosses between them."""
+    """All that happens to one block: which ranks read and write, and what crosses between them.
+
+    `tied` says whether other ranks could write a piece equally well.
+    """
 
     block: Block
     reads: tuple[tuple[int, StoredTensor], ...]
     pieces: tuple[tuple[int, StoredTensor], ...]
     messages: tuple[Message, ...]
+    tied: bool = False
 
 
 @dataclass(slots=True)
@@ -61,16 +65,20 @@ def messages(
     reads: Sequence[tuple[int, StoredTensor]], pieces: Sequence[tuple[int, StoredTensor]]
 ) -> Iterator[Message]:
     """What each writer needs of what other ranks read, each element once."""
-    needed: dict[int, list[Region]] = {}
-    for writer, piece in pieces:
-        needed.setdefault(writer, []).append(piece.region)
-    for writer, regions in needed.items():
+    for writer in dict.fromkeys(rank for rank, _ in pieces):
         foreign = [(rank, stored) for rank, stored in reads if rank != writer and stored.copy == 0]
-        for box in disjoint(regions) if foreign else ():
+        for box in written_by(writer, pieces) if foreign else ():
             for reader, stored in foreign:
                 common = stored.region & box
                 if common is not None:
                     yield Message(reader, writer, common, stored)
+
+
+def written_by(writer: int, pieces: Sequence[tuple[int, StoredTensor]]) -> list[Region]:
+    """Boxes that cover all that a rank writes of a block, each element once."""
+    own = [piece for rank, piece in pieces if rank == writer]
+    further = [piece.region for piece in own if piece.copy]
+    return disjoint(further, [piece.region for piece in own if not piece.copy])
 
 
 def wire_itemsize(message: Message, target: StoredTensor) -> int:

@@ -40,6 +40,43 @@ class Copy:
         there = target.as_strided(self.shape, self.target[1], target_base + self.target[0])
         there.copy_(source.as_strided(self.shape, self.source[1], source_base + self.source[0]))
 
+    @property
+    def numel(self) -> int:
+        """How many elements are copied."""
+        return math.prod(self.shape)
+
+    def alike(self) -> bool:
+        """Whether elements lie in the same way on both sides."""
+        steps = zip(self.shape, self.source[1], self.target[1], strict=True)
+        return all(size == 1 or here == there for size, here, there in steps)
+
+    def apart(self, other: "Copy") -> tuple[int, int] | None:
+        """How far behind this one a copy of the same form lies on both sides; None for others."""
+        ours, theirs = ((c.shape, c.source[1], c.target[1]) for c in (self, other))
+        if ours != theirs:
+            return None
+        steps = other.source[0] - self.source[0], other.target[0] - self.target[0]
+        return steps if min(steps) > 0 else None
+
+    def repeated(self, count: int, apart: tuple[int, int]) -> "Copy":
+        """This copy and those that follow it at equal distances, as one with a dim more."""
+        (source, inner), (target, outer) = self.source, self.target
+        steps = (apart[0], *inner), (apart[1], *outer)
+        return Copy((count, *self.shape), (source, steps[0]), (target, steps[1]))
+
+
+def carry(
+    steps: Sequence[Copy],
+    source: torch.Tensor,
+    source_base: int,
+    target: torch.Tensor,
+    target_base: int,
+) -> int:
+    """Copy from buffer to buffer; the bytes that were written."""
+    for step in steps:
+        step.run(source, source_base, target, target_base)
+    return sum(step.numel for step in steps) * target.itemsize
+
 
 @lru_cache(maxsize=1024)
 def packed(
@@ -89,7 +126,37 @@ def copies(source: Packed, target: Packed, region: Region) -> tuple[Copy, ...]:
                 found.append(
                     Copy(common.shape, (one.offset, one.strides), (other.offset, other.strides))
                 )
-    return tuple(found)
+    return tuple(_merged(found))
+
+
+def _merged(copies: list[Copy]) -> list[Copy]:
+    """Fewer copies that do the same: halves of heads, and heads, at equal distances become one."""
+    found: list[Copy] = []
+    place = 0
+    while place < len(copies):
+        first, count = copies[place], 1
+        apart = first.apart(copies[place + 1]) if place + 1 < len(copies) else None
+        while apart is not None and place + count < len(copies):
+            if copies[place + count - 1].apart(copies[place + count]) != apart:
+                break
+            count += 1
+        found.append(first if apart is None else first.repeated(count, apart))
+        place += count
+    return found if len(found) == len(copies) else _merged(found)
+
+
+@lru_cache(maxsize=2048)
+def shift(source: Packed, target: Packed, region: Region) -> int | None:
+    """Where in `source` a `target` of the one box `region` begins, if all of it lies there alike.
+
+    It needs no copy then: it is already there.
+    """
+    found = copies(source, target, region)
+    size = sum(count for _, count in target.runs)
+    if sum(copy.numel for copy in found) != size:
+        return None
+    starts = {copy.source[0] - copy.target[0] for copy in found if copy.alike()}
+    return starts.pop() if len(starts) == 1 and all(copy.alike() for copy in found) else None
 
 
 def _first(window: Window) -> int:

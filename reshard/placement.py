@@ -163,6 +163,22 @@ class Placement:
         """The shards that may hold any of `region`."""
         return self.cut.shards(self._around(region))
 
+    def phase(self, region: Region) -> tuple[object, int]:
+        """How whole rows stand to shards, heads and groups; and the first shard that may hold any.
+
+        As many rows of the same phase lie alike in as many shards from the first on.
+        """
+        row, cut = region.start[0], self.cut
+        if isinstance(cut, Boxes):
+            return row, 0
+        around = self._around(region)
+        shard, low = divmod(around.start[cut.dim], cut.step)
+        if low + around.stop[cut.dim] - around.start[cut.dim] <= cut.step:
+            low = -1  # all in one shard, wherever
+        head = row % self.interleaved if self.interleaved else 0
+        group = row % self.groups.rows if self.groups is not None else 0
+        return (low, head, group), shard * cut.copies
+
     def edges(self) -> Sequence[int]:
         """The rows of the parameter at which a shard begins, where that is between two heads."""
         if self.lead is not None:

@@ -10,6 +10,7 @@ from reshard.assets import Readiness
 from reshard.engine import Counters
 from reshard.moves import Load
 from reshard.plan import Plan
+from reshard.schedule import FIELDS
 from reshard.traffic import loads_by_rank
 from reshard.units import size_text
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from reshard.prepare import Prepared
 
 FILES_SHOWN = 16
+RANKS_SHOWN = 64
 
 
 def memory_of(field: str) -> int:
@@ -74,6 +76,7 @@ class Report:
                 "written": sum(counter.written for counter in counters),
                 "written_bound": self.file_bytes,
                 "resumed": sum(counter.resumed for counter in counters),
+                "copied": sum(counter.copied for counter in counters),
             },
             "peak_rss": {str(rank): figures.peak_rss for rank, figures in enumerate(self.ranks)},
             "import_rss": {
@@ -108,9 +111,16 @@ def balance(values: Sequence[int]) -> float:
 
 
 def plan_lines(
-    prepared: "Prepared", plan: Plan, loads: Sequence[Load], memory: int, least: int
+    prepared: "Prepared",
+    plan: Plan,
+    loads: Sequence[Load],
+    memory: tuple[int, int],
+    bounds: Sequence[str] = (),
 ) -> list[str]:
-    """The plan as text: sizes, choices, the `loads` by rank, and what feeds every target file."""
+    """The plan as text: sizes, choices, the `loads` by rank, and what feeds every target file.
+
+    `memory` has the bytes of a rank, and the least that works; `bounds` are further lines.
+    """
     model, source, target = prepared.model, plan.source, plan.target
     source_bytes, target_bytes = (size_text(side.total_bytes()) for side in (source, target))
     writers = plan.writers if plan.exchange == "collective" else "the readers"
@@ -121,11 +131,11 @@ def plan_lines(
         *prepared.notes,
         f"{plan.world} ranks, exchange {plan.exchange}, writers {writers}; "
         f"{plan.block_count():,} blocks of up to {size_text(plan.block_bytes)}",
-        f"memory per rank: {memory >> 20} MiB (least that works: {least >> 20} MiB)",
+        f"memory per rank: {memory[0] >> 20} MiB (least that works: {memory[1] >> 20} MiB)",
         "",
         f"{'rank':>6} {'read':>10} {'sent':>10} {'received':>10} {'written':>10}",
     ]
-    lines += [_load_line(str(rank), load) for rank, load in enumerate(loads)]
+    lines += _load_lines(loads)
     everything = Load()
     for load in loads:
         everything.add(load)
@@ -136,9 +146,20 @@ def plan_lines(
         f"bounds: read {source_bytes} (each byte once), crossing {size_text(everything.sent)}, "
         f"written {target_bytes}; balance read {read_balance:.3f}, write {write_balance:.3f}"
     )
+    lines += bounds
     if prepared.scan is not None:
         lines.append(prepared.readiness().line())
     return [*lines, "", *feeding_lines(plan)]
+
+
+def _load_lines(loads: Sequence[Load]) -> list[str]:
+    """A line for each rank; of many, the first ones and the largest figures of all."""
+    shown = loads if len(loads) <= RANKS_SHOWN else loads[: RANKS_SHOWN // 2]
+    lines = [_load_line(str(rank), load) for rank, load in enumerate(shown)]
+    if len(shown) < len(loads):
+        most = Load(*(max(getattr(load, name) for load in loads) for name in FIELDS))
+        lines += [f"   ... and {len(loads) - len(shown):,} more ranks", _load_line("most", most)]
+    return lines
 
 
 def _load_line(name: str, load: Load) -> str:

@@ -62,6 +62,7 @@ class EngineConfig:
     backend: str = "auto"
     timeout: float = 1800.0
     fsync: bool = True
+    shared_files: str = "auto"
     verify: bool = False
     require_complete: bool = False
 

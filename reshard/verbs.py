@@ -13,20 +13,25 @@ from reshard import inspect as inspection
 from reshard import job, loading, report
 from reshard import serve as service
 from reshard import verify as verification
+from reshard.bounds import Machines, bound_line
 from reshard.buffers import ALIGN
 from reshard.compare import against_other
 from reshard.config import JobConfig
 from reshard.demo import Demo
 from reshard.distributed import Ranks
-from reshard.engine import least_memory, planned_memory
 from reshard.errors import ConfigError
 from reshard.formats.common import MANIFEST
 from reshard.meeting import launched_rank
 from reshard.orders import Request
 from reshard.pictures import Memory, figures_of, page
 from reshard.prepare import prepare
+from reshard.room import least_memory, planned_memory
+from reshard.schedule import least_capacity
 from reshard.storage import explained
 from reshard.traffic import loads_by_rank
+
+RANKS_PER_NODE = 8
+MOST_RANKS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +114,40 @@ def plan(command: Command) -> int:
     if launched_rank() != 0:
         return 0
     world = command.flags.world if command.flags.world is not None else 1
-    if world < 1:
-        raise ConfigError(f"--world: {world} is not a number of ranks")
+    if not 1 <= world <= MOST_RANKS:
+        raise ConfigError(f"--world: {world} is not a number of ranks from 1 to {MOST_RANKS:,}")
     files = {"html": Path(name)} if (name := command.flags.html) else {}
     _check_writable(files)
+    machines = _machines(command.flags)
     prepared, limit = prepare(config), config.engine.memory
-    planned = prepared.plan(world)
-    least = least_memory(planned, planned.least_capacity(ALIGN))
+    planned = prepared.plan(world, _hosts(command.flags, config, world))
+    least = least_memory(planned, least_capacity(planned, ALIGN))
     shown = figures_of(planned) if files else None
     loads = loads_by_rank(planned) if shown is None else shown.loads
-    command.say(report.plan_lines(prepared, planned, loads, limit, least))
+    bounds = [bound_line(planned, loads, machines)] if machines is not None else []
+    command.say(report.plan_lines(prepared, planned, loads, (limit, least), bounds))
     if shown is not None:
         memory = Memory(limit, least, planned_memory(limit, planned) if limit >= least else 0)
         model, notes = prepared.model.describe(), prepared.notes
         drawn = page(shown, memory, model=model, notes=notes, command=command.typed)
         _write(files, {"html": lambda: drawn})
     return 0
+
+
+def _machines(flags: argparse.Namespace) -> Machines | None:
+    """What the flags say of disks and networks, if anything."""
+    if flags.per_node is not None and flags.per_node < 1:
+        raise ConfigError(f"--per-node: {flags.per_node} is not a number of ranks")
+    if flags.disk is None and flags.net is None:
+        return None
+    return Machines(flags.per_node or RANKS_PER_NODE, flags.disk, flags.net)
+
+
+def _hosts(flags: argparse.Namespace, config: JobConfig, world: int) -> tuple[int, ...]:
+    """The machine of each rank where no two of them may write one file."""
+    ranks = flags.per_node or RANKS_PER_NODE
+    apart = config.engine.shared_files == "never" and world > ranks
+    return tuple(rank // ranks for rank in range(world)) if apart else ()
 
 
 def inspect(command: Command) -> int:

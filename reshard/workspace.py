@@ -15,7 +15,8 @@ from pathlib import Path
 from reshard.errors import CheckpointError, ConfigError, StorageError
 from reshard.families.model import Json
 from reshard.formats import common
-from reshard.storage import locked, make_directory, remove_tree, rename, sync
+from reshard.locks import locked
+from reshard.storage import make_directory, remove_tree, rename, sync
 
 DIGEST_SHOWN = 16
 DATA, REPLACED, DISCARDED = "data", "replaced", "discarded"

@@ -12,8 +12,9 @@ from reshard import config as configuration
 from reshard import job
 from reshard.buffers import ALIGN
 from reshard.distributed import Ranks
-from reshard.engine import least_memory
 from reshard.errors import ReshardError
+from reshard.room import least_memory
+from reshard.schedule import least_capacity
 from tests.oracles import dcp, hf, meta, nanotron, titan
 from tests.oracles.compare import assert_same, assert_same_config, assert_same_tensor
 from tests.oracles.models import Model, checked, model_a, model_b, model_c
@@ -244,7 +245,7 @@ class Ready:
         if self.memory == "default":
             return self.made
         plan = job.prepare(self.made).plan(world)
-        least = least_memory(plan, plan.least_capacity(ALIGN))
+        least = least_memory(plan, least_capacity(plan, ALIGN))
         return replace(self.made, engine=replace(self.made.engine, memory=least))
 
 

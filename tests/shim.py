@@ -1,6 +1,6 @@
-"""A layer below `reshard.storage` that counts its system calls, and has a chosen one fail.
+"""A layer below `storage`, `locks` and `space` that counts system calls, and has a chosen one fail.
 
-Every call is known by the public function of `storage` that it is made in, and by its own name.
+Every call is known by the public function that it is made in, and by its own name.
 """
 
 import contextlib
@@ -15,21 +15,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from types import CodeType
 from typing import Any
 
 import pytest
 
-from reshard import storage
+from reshard import locks, native, space, storage
 
-Site = tuple[str, str]  # a public function of `storage`, and a call that it makes
+Site = tuple[str, str]  # a public function of the modules below, and a call that it makes
+MODULES = (storage, locks, space)
 
 
 def public_functions() -> dict[str, CodeType]:
-    """Every public function and method of `storage` by name, as the module has them."""
+    """Every public function and method of the modules by name, as they have them."""
     found: dict[str, Any] = {}
-    for name, item in vars(storage).items():
-        if name.startswith("_") or getattr(item, "__module__", "") != storage.__name__:
+    for module, name, item in ((m, *pair) for m in MODULES for pair in vars(m).items()):
+        if name.startswith("_") or getattr(item, "__module__", "") != module.__name__:
             continue
         if inspect.isfunction(item):
             found[name] = item
@@ -119,8 +121,9 @@ OPENS = (
     Fault("EMFILE", fails(errno.EMFILE)),
     SLOW,
 )
+UNSUPPORTED = Fault("EOPNOTSUPP", fails(errno.EOPNOTSUPP), harmless=True)
 LOCKS = (EIO, Fault("ENOSYS", fails(errno.ENOSYS)), Fault("held", fails(errno.EAGAIN)))
-# The calls that `storage` may make, by the module that has them, each with what may befall it.
+# The calls that the modules may make, by the module that has them, each with what may befall it.
 CALLS: dict[str, dict[str, tuple[Fault, ...]]] = {
     "os": {
         "open": OPENS,
@@ -142,8 +145,9 @@ CALLS: dict[str, dict[str, tuple[Fault, ...]]] = {
     },
     "shutil": {"rmtree": CHANGES, "disk_usage": LOOKS},
     "fcntl": {"flock": LOCKS},
+    "native": {"fallocate": (*CHANGES, UNSUPPORTED)},
 }
-REAL = {"os": os, "shutil": shutil, "fcntl": fcntl}
+REAL = {"os": os, "shutil": shutil, "fcntl": fcntl, "native": native}
 
 
 @dataclass
@@ -180,7 +184,7 @@ class Module:
         item = getattr(REAL[self._name], name)
         if not callable(item) or isinstance(item, type) or name in HARMLESS:
             return item
-        assert name in CALLS[self._name], f"storage calls {self._name}.{name}, which has no case"
+        assert name in CALLS[self._name], f"{self._name}.{name} is called, and has no case"
         return lambda *args, **options: self._shim(name, item, *args, **options)
 
 
@@ -189,7 +193,7 @@ _NAMES = {code: name for name, code in public_functions().items()}
 
 
 def _function() -> str:
-    """The public function of `storage` that the current call is made in."""
+    """The public function that the current call is made in."""
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code in _NAMES:
@@ -200,8 +204,9 @@ def _function() -> str:
 
 @contextlib.contextmanager
 def below_storage(shim: Shim) -> Iterator[Shim]:
-    """Put a shim below `storage` for a while."""
+    """Put a shim below the modules for a while."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in CALLS:
-            patch.setattr(storage, name, Module(shim, name))
+        for module, name in product(MODULES, CALLS):
+            if hasattr(module, name):
+                patch.setattr(module, name, Module(shim, name))
         yield shim

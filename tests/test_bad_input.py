@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from reshard.distributed import choose_backend
+from reshard.backends import choose_backend
 from reshard.errors import ConfigError
 from tests.commands import call, done, model, move, read, refused, write
 from tests.oracles import meta
@@ -120,7 +120,7 @@ def test_what_is_not_said_is_asked_for(tmp_path: Path) -> None:
     )
     refused(
         tmp_path,
-        r"--world: 0 is not a number of ranks",
+        r"--world: 0 is not a number of ranks from 1 to 65,536",
         "plan",
         "--src",
         source,

@@ -464,7 +464,7 @@ def test_the_report_has_the_figures_of_the_contract(world: int, tmp_path: Path) 
     assert expected <= report.keys()
     assert set(report["seconds"]) == {"plan", "move", "commit", "total"}
     keys = {"read", "exchanged", "written"}
-    assert set(report["bytes"]) == keys | {f"{key}_bound" for key in keys} | {"resumed"}
+    assert set(report["bytes"]) == keys | {f"{key}_bound" for key in keys} | {"resumed", "copied"}
     assert (report["source"], report["target"], report["world"]) == ("meta8", "tp4", world)
     assert (report["exchange"], report["writers"]) == ("collective", "nearest")
     assert set(report["peak_rss"]) == set(report["import_rss"]) == {str(r) for r in range(world)}

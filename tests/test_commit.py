@@ -85,7 +85,7 @@ class Written:
     def finish(self, file: str, records: list[Record] | None = None) -> list[Extent]:
         own = self.records[file] if records is None else records
         skeleton = self.places.skeleton(file)
-        return finish_file(self.root, self.layout, file, skeleton, own[::-1], fsync=False)
+        return finish_file(self.root, self.layout, file, skeleton, own[::-1])
 
 
 def test_checksums_and_extents_are_those_of_the_real_file(written):

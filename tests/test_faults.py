@@ -204,20 +204,20 @@ def test_a_run_that_cannot_be_read_back_is_not_intact(
     """Files are lost after they were laid out, as when another rank is slow to do so."""
     words = [*move("meta4", source, "hf", tmp_path / "dst"), SMALL_ROUNDS]
     interrupt(1, words, tmp_path)
-    from reshard import commit
-    from reshard.job import _Run
+    from reshard import commit, job
+    from reshard.workspace import Workspace
 
-    resume, lay_out, again = _Run._resume, commit.lay_out, []
+    resume, lay_out, again = job.intact_runs, commit.lay_out, []
 
-    def lose_and_resume(self: _Run) -> journal.Table:
-        loss(self.workspace.data / "model.safetensors")
-        found = resume(self)
+    def lose_and_resume(plan: Any, ranks: Any, workspace: Workspace, files: Any) -> journal.Table:
+        loss(workspace.data / "model.safetensors")
+        found = resume(plan, ranks, workspace, files)
         again.append(len(found))
-        places = commit.TargetPlaces(self.plan.target)
-        lay_out(self.workspace.data, self.plan.target, places, self.plan.target.files)
+        places = commit.TargetPlaces(plan.target)
+        lay_out(workspace.data, plan.target, places, plan.target.files)
         return found
 
-    monkeypatch.setattr(_Run, "_resume", lose_and_resume)
+    monkeypatch.setattr(job, "intact_runs", lose_and_resume)
     run(1, words, tmp_path)
     assert again == [0]
     assert_same_files(tmp_path / "dst", undisturbed["hf"])
@@ -399,7 +399,7 @@ def test_a_rank_that_hangs_while_resuming_is_named(
 ) -> None:
     words = [*move("meta4", source, "tp2", tmp_path / "dst"), SMALL_ROUNDS, "engine.timeout=2"]
     interrupt(1, words, tmp_path)
-    grief = ("reshard.job:_Run._intact", which, 2, "hang")
+    grief = ("reshard.resume:_intact", which, 2, "hang")
     job = jobs.finished(2, words, tmp_path / "said", sabotage, *grief)
     assert job.wait(0)[1 - which] == 1
     assert re.search(rf"rank {which} made no progress for 2 s .* in phase `resume`", job.err)

@@ -21,10 +21,10 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from reshard import journal
+from reshard.blocks import MAX_BLOCK_BYTES
 from reshard.encodings import ENCODINGS, STEP, decode, encode
 from reshard.families import from_hf
 from reshard.formats import gguf_keys
-from reshard.plan import MAX_BLOCK_BYTES
 from reshard.traffic import loads_by_rank
 from tests.commands import call, done, move, one_line, refused
 from tests.oracles import dcp, gguf, hf, meta, nanotron

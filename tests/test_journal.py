@@ -182,7 +182,7 @@ def test_ranks_share_the_check_and_keep_the_same(tmp_path, world):
 
 def test_a_table_of_a_share_of_the_files_holds_no_other(tmp_path):
     records = [Record(number % 5, number, 1, number) for number in range(50)]
-    table = table_of(tmp_path, records, rank=1, world=2)
+    table = table_of(tmp_path, records, files=[1, 3])
     assert [record.file for file in range(5) for record in table.of_file(file)] == [1] * 10 + [
         3
     ] * 10

@@ -81,7 +81,7 @@ STEPS = {
     "after the rename": Step("reshard.workspace:sync", first=True, published=True),
     "before the clean-up": Step("reshard.storage:shutil.rmtree", first=True, published=True),
     "in the clean-up": Step("shutil:os.unlink", "kill after", first=True, published=True),
-    "before unlocking": Step("reshard.storage:_unlink", first=True, published=True),
+    "before unlocking": Step("reshard.locks:_unlink", first=True, published=True),
     "before the report": Step("reshard.report:Report.to_json", first=True, published=True),
     "replacing, before": Step("reshard.workspace:rename", first=True, replacing=True),
     "replacing, between": Step("reshard.workspace:rename", nth=2, first=True, replacing=True),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from reshard.geometry import Region, row_major, whole
 from reshard.layout import Layout, StoredTensor
-from reshard.packing import Packed, copies, packed, plain
+from reshard.packing import Copy, Packed, copies, packed, plain, shift
 from reshard.placement import Cut, Placement, chunked, uncut
 from reshard.plan import Plan
 from tests.layouts import (
@@ -140,6 +140,58 @@ def test_copies_carry_each_element_of_a_region_once(data):
     assert torch.equal(there, expected)
     moved = sum(whole(copy.shape).numel for copy in copies(ours, theirs, region))
     assert moved == (expected >= 0).sum()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_what_needs_no_copy_lies_in_the_source_as_the_target_has_it(data):
+    shape, head = data.draw(shapes_of_parameters())
+    source = data.draw(placements(shape, whole_heads=head))
+    target = source if data.draw(st.booleans()) else data.draw(placements(shape, whole_heads=head))
+    ours = packed(source, data.draw(st.integers(0, source.cut.parts - 1)), whole(shape))
+    shard = data.draw(st.integers(0, target.cut.parts - 1))
+    for region in target.regions(shard):
+        theirs = packed(target, shard, region)
+        first = shift(ours, theirs, region)
+        numbers = _numbers(ours, shape)
+        expected = torch.full((_size(theirs),), -1)
+        held = {index for window in ours.windows for index in elements(window.region)}
+        for window in theirs.windows:
+            for index in elements(window.region):
+                local = [a - b for a, b in zip(index, window.region.start, strict=True)]
+                place = sum(a * b for a, b in zip(local, window.strides, strict=True))
+                if index in held:
+                    expected[window.offset + place] = _number(index, shape)
+        if first is not None:
+            assert torch.equal(numbers[1 + first :][: len(expected)], expected)
+        elif expected.numel() and (expected >= 0).all():
+            assert not any(
+                torch.equal(numbers[at : at + len(expected)], expected)
+                for at in range(len(numbers) - len(expected) + 1)
+            )
+
+
+def test_copies_that_go_backwards_are_not_joined():
+    """Torch has no negative strides."""
+    first, second = (Copy((2,), (at, (1,)), (10 - at, (1,))) for at in (0, 4))
+    assert first.apart(second) is None
+    assert second.apart(first) is None
+    assert first.apart(Copy((2,), (4, (1,)), (13, (1,)))) == (4, 3)
+    assert first.apart(Copy((3,), (4, (1,)), (13, (1,)))) is None
+
+
+@pytest.mark.parametrize("heads", [1, 2, 7])
+def test_rotary_heads_are_swapped_in_one_copy(heads):
+    shape = (6 * heads, 5)
+    halves, pairs = (
+        packed(Placement(shape, uncut(shape[0]), interleaved=n), 0, whole(shape)) for n in (0, 6)
+    )
+    for source, target in ((halves, pairs), (pairs, halves)):
+        (copy,) = copies(source, target, whole(shape))
+        numbers, found = torch.arange(30 * heads), torch.full((30 * heads,), -1)
+        copy.run(numbers, 0, found, 0)
+        rows = numbers.view(heads, 2, 3, 5) if source is halves else numbers.view(heads, 3, 2, 5)
+        assert torch.equal(found, rows.transpose(1, 2).flatten())
 
 
 def test_a_copy_casts_between_dtypes():

@@ -15,8 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reshard import config
-from reshard import plan as planning
+from reshard import blocks, config
 from reshard.assets import Readiness
 from reshard.engine import Counters
 from reshard.layout import Layout, Slot
@@ -55,7 +54,7 @@ def plans(draw: st.DrawFn) -> Plan:
     source, target = draw(layout_pairs())
     plan = Plan(source, target, draw(st.integers(1, 7)), *draw(st.sampled_from(MODES)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "MIN_BLOCK_BYTES", draw(st.sampled_from((1, 32, 128))))
+        patch.setattr(blocks, "MIN_BLOCK_BYTES", draw(st.sampled_from((1, 32, 128))))
         assert plan.block_bytes >= 1  # cached from here on
     return plan
 

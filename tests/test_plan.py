@@ -7,6 +7,7 @@ import re
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
 from unittest import mock
@@ -18,14 +19,15 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import reshard
-from reshard import plan as planning
-from reshard.dealing import files_of
+from reshard import blocks
+from reshard.dealing import deal, files_of
 from reshard.errors import ConfigError
 from reshard.geometry import Region, whole
 from reshard.layout import Layout, Slot
 from reshard.moves import Load, Move, loads_of
 from reshard.placement import Boxes, Cut, Placement, uncut
 from reshard.plan import Plan
+from reshard.schedule import least_capacity, moves, rounds
 from reshard.topologies import read_model
 from reshard.traffic import loads_by_rank
 from tests.layouts import cases, config_of, fused, layout_of, layout_pairs
@@ -37,7 +39,7 @@ slow_inputs = settings(max_examples=60, deadline=None, suppress_health_check=[He
 @contextlib.contextmanager
 def small_blocks(nbytes: int) -> Iterator[None]:
     """Blocks of so few bytes that a tiny parameter has many."""
-    with mock.patch.object(planning, "MIN_BLOCK_BYTES", nbytes):
+    with mock.patch.object(blocks, "MIN_BLOCK_BYTES", nbytes):
         yield
 
 
@@ -51,7 +53,7 @@ def sights(draw: st.DrawFn, files: tuple[str, ...], world: int) -> dict[str, tup
 
 
 @st.composite
-def plans(draw: st.DrawFn, *, mode: str | None = None) -> Plan:
+def plans(draw: st.DrawFn, *, mode: str | None = None, machines: bool = False) -> Plan:
     """A plan of random layouts for a few ranks, with its block size decided."""
     source, target = draw(layout_pairs())
     modes = [pair for pair in MODES if mode in (None, pair[0])]
@@ -59,7 +61,10 @@ def plans(draw: st.DrawFn, *, mode: str | None = None) -> Plan:
     local = {}
     if exchange == "collective" and draw(st.booleans()):
         local = draw(sights(source.files, world))
-    plan = Plan(source, target, world, exchange, writers, local=local)
+    hosts: tuple[int, ...] = ()
+    if machines and exchange == "collective" and draw(st.booleans()):
+        hosts = tuple(draw(st.integers(0, 2)) for _ in range(world))
+    plan = Plan(source, target, world, exchange, writers, local=local, hosts=hosts)
     with small_blocks(draw(st.sampled_from((1, 32, 128)))):
         assert plan.block_bytes >= 1  # cached from here on
     return plan
@@ -89,8 +94,8 @@ def real_plan(name: str, world: int, exchange: str, writers: str, **model) -> Pl
 def all_moves(plan: Plan) -> list[Move]:
     """Every move of the job once, by the plan's own order."""
     if plan.exchange == "collective":
-        return list(plan.moves(0))
-    return [move for rank in range(plan.world) for move in plan.moves(rank)]
+        return list(moves(plan, 0))
+    return [move for rank in range(plan.world) for move in moves(plan, rank)]
 
 
 def box(region: Region, origin: Region) -> tuple[slice, ...]:
@@ -105,7 +110,7 @@ def box(region: Region, origin: Region) -> tuple[slice, ...]:
 @slow_inputs
 @given(plans())
 def test_blocks_tile_each_parameter_with_whole_rows_and_whole_heads(plan):
-    ordinals = []
+    indices = []
     for name in plan.names:
         slots = plan.source.places[name] + plan.target.places[name]
         shape = slots[0].placement.shape
@@ -120,9 +125,10 @@ def test_blocks_tile_each_parameter_with_whole_rows_and_whole_heads(plan):
             assert row % grain == 0
             height = block.region.shape[0]
             assert 0 < height <= max(plan.block_bytes // row_bytes, grain)
-            ordinals.append(block.ordinal)
+            indices.append(block.index)
         assert row == shape[0]
-    assert ordinals == list(range(plan.block_count()))
+    assert indices == [i for name in plan.names for i in range(plan.blocks_in(name))]
+    assert len(indices) == plan.block_count()
 
 
 def shards_cut_rows_only(placement: Placement) -> bool:
@@ -207,7 +213,7 @@ def test_the_block_table_depends_on_the_layouts_only(pair, world, mode):
     [(0, 4 << 10), (1 << 20, 4 << 10), (5 << 20, 8 << 10), (3 << 30, 4 << 20), (1 << 40, 4 << 20)],
 )
 def test_blocks_are_4_mib_or_less_for_small_models(total, expected):
-    assert planning._block_bytes(total) == expected
+    assert blocks.block_bytes(total) == expected
 
 
 # Who reads.
@@ -216,7 +222,7 @@ def test_blocks_are_4_mib_or_less_for_small_models(total, expected):
 @pytest.mark.parametrize("world", range(1, 20))
 @pytest.mark.parametrize("coordinates", [1, 2, 3, 4, 8, 13])
 def test_coordinates_belong_to_ranks_by_the_rule(coordinates, world):
-    dealt = planning.deal(coordinates, world)
+    dealt = deal(coordinates, world)
     for coordinate in range(coordinates):
         if coordinates >= world:
             expected = [coordinate % world]
@@ -252,7 +258,7 @@ def test_ranks_that_share_a_coordinate_read_alike():
 def test_readers_and_owners_may_be_named():
     source, target = (layout_of(config_of("b"), "meta", tp=tp) for tp in (3, 1))
     plan = Plan(source, target, 4, "collective", "owner", ((3,), (2,), (0,)), ((1,),))
-    for move in plan.moves(0):
+    for move in moves(plan, 0):
         assert all(rank == (3, 2, 0)[stored.coordinate] for rank, stored in move.reads)
         assert {rank for rank, _ in move.pieces} == {1}
 
@@ -260,7 +266,7 @@ def test_readers_and_owners_may_be_named():
 @slow_inputs
 @given(plans(mode="collective"))
 def test_a_rank_reads_only_files_that_it_sees(plan):
-    for move in plan.moves(0):
+    for move in moves(plan, 0):
         for rank, stored in move.reads:
             assert rank in plan.local.get(stored.file, range(plan.world))
 
@@ -284,7 +290,7 @@ def test_what_a_node_sees_is_dealt_evenly_over_its_ranks(name, world, writers):
     assert totals == expected
     align = 64
     largest_block = max(largest(counted([move], align)) for move in all_moves(plan))
-    assert plan.least_capacity(align) == largest_block
+    assert least_capacity(plan, align) == largest_block
     for node in (range(world // 2), range(world // 2, world)):
         read = [totals[rank].read for rank in node]
         if name != "tp2pp5 to meta3":  # whose stages are of different sizes
@@ -294,7 +300,7 @@ def test_what_a_node_sees_is_dealt_evenly_over_its_ranks(name, world, writers):
 
 def test_a_file_that_a_coordinates_rank_does_not_see_is_read_by_one_that_does():
     plan = on_two_nodes("meta6 to tp3pp2", 4)
-    readers = {(stored.file, rank) for move in plan.moves(0) for rank, stored in move.reads}
+    readers = {(stored.file, rank) for move in moves(plan, 0) for rank, stored in move.reads}
     assert {file: sorted(r for f, r in readers if f == file) for file, _ in readers} == {
         f"consolidated.{number:02d}.pth": [rank] for number, rank in enumerate((0, 1, 0, 2, 3, 2))
     }
@@ -307,7 +313,7 @@ def test_the_parameters_of_all_nodes_are_taken_in_turn():
     layout = Layout("x", "safetensors", 1, tuple(slots))
     local = {name: (number // 20,) for number, name in enumerate(names)}
     plan = Plan(layout, layout, 2, local=local)
-    readers = [move.reads[0][0] for move in plan.moves(0)]
+    readers = [move.reads[0][0] for move in moves(plan, 0)]
     assert all(abs(2 * sum(readers[:stop]) - stop) <= 2 for stop in range(len(readers)))
 
 
@@ -342,8 +348,8 @@ def test_parameters_that_others_see_put_other_loads_on_ranks():
     expected = {rank: Load() for rank in range(6)} | counted(all_moves(plan), 1)
     assert dict(enumerate(loads_by_rank(plan))) == expected
     least = max(largest(counted([move], 64)) for move in all_moves(plan))
-    assert plan.least_capacity(64) == least
-    assert largest(counted([next(plan.moves(0))], 64)) == least
+    assert least_capacity(plan, 64) == least
+    assert largest(counted([next(moves(plan, 0))], 64)) == least
 
 
 def test_files_are_looked_at_by_ranks_that_see_them():
@@ -452,7 +458,7 @@ def test_messages_carry_each_element_to_each_writer_that_lacks_it_once(plan):
 @given(plans(mode="direct"))
 def test_nothing_crosses_in_direct_mode(plan):
     for rank in range(plan.world):
-        for move in plan.moves(rank):
+        for move in moves(plan, rank):
             assert not move.messages
             assert {member for member, _ in (*move.reads, *move.pieces)} == {rank}
 
@@ -494,31 +500,52 @@ def test_loads_are_the_bytes_of_a_move(plan, align):
 
 
 @slow_inputs
-@given(plans(), st.sampled_from((1, 64)), st.integers(0, 500))
+@given(plans(machines=True), st.sampled_from((1, 64)), st.integers(0, 500))
 def test_rounds_hold_every_move_once_and_fit_every_rank(plan, align, spare):
     capacity = max(largest(counted([move], align)) for move in all_moves(plan)) + spare
-    seen = []
-    for rank in range(plan.world):
-        rounds = list(plan.rounds(rank, capacity, align))
-        assert all(rounds)
-        assert all(largest(counted(moves, align)) <= capacity for moves in rounds)
-        for group, follower in pairwise(rounds):
+    found = [list(rounds(plan, rank, capacity, align)) for rank in range(plan.world)]
+    if plan.exchange == "direct":  # each rank has rounds of its own
+        groups = [[item.moves for item in own] for own in found]
+        for rank, own in enumerate(groups):
+            assert [move for group in own for move in group] == list(moves(plan, rank))
+    else:
+        whole_order = {move.block: place for place, move in enumerate(moves(plan, 0))}
+        together = []
+        for same in zip(*found, strict=True):
+            assert len({(item.nbytes, item.crossing) for item in same}) == 1
+            for rank, item in enumerate(same):
+                assert all(rank in concerned(move) for move in item.moves)
+            each = {move.block: move for item in same for move in item.moves}
+            together.append(sorted(each.values(), key=lambda move: whole_order[move.block]))
+            for rank, item in enumerate(same):
+                assert list(item.moves) == [m for m in together[-1] if rank in concerned(m)]
+            assert same[0].crossing == any(move.messages for move in together[-1])
+        assert [move for group in together for move in group] == list(moves(plan, 0))
+        groups = [together]
+    for own, nbytes in zip(groups, [[item.nbytes for item in own] for own in found], strict=False):
+        assert all(own)
+        assert all(largest(counted(group, align)) <= capacity for group in own)
+        for group, follower in pairwise(own):
             assert largest(counted([*group, follower[0]], align)) > capacity, "could be longer"
-        moves = [move for group in rounds for move in group]
-        assert moves == list(plan.moves(rank))
-        if plan.exchange == "collective":
-            assert moves == list(plan.moves(0))
-            seen = moves
-        else:
-            seen += moves
+        assert nbytes == [sum(block_bytes_of(move) for move in group) for group in own]
+    seen = [move.block for own in groups for group in own for move in group]
     expected = [block for name in plan.names for block in plan.blocks(name)]
-    found = sorted((move.block for move in seen), key=lambda block: block.ordinal)
-    assert found == expected
+    place = {name: number for number, name in enumerate(plan.names)}
+    assert sorted(seen, key=lambda block: (place[block.parameter], block.index)) == expected
+
+
+def concerned(move: Move) -> set[int]:
+    return {rank for rank, _ in (*move.reads, *move.pieces)}
+
+
+def block_bytes_of(move: Move) -> int:
+    return move.block.region.numel * move.pieces[0][1].dtype.itemsize
 
 
 @slow_inputs
 @given(plans(mode="direct"))
 def test_direct_shares_are_even_up_to_a_block(plan):
+    """For each ratio of what is written to what is read: of these, ranks have even shares."""
     loads = counted(all_moves(plan), 1)
     shares = [loads.get(rank, Load()) for rank in range(plan.world)]
     weights = [
@@ -526,8 +553,12 @@ def test_direct_shares_are_even_up_to_a_block(plan):
         for move in all_moves(plan)
     ]
     mean = sum(weights) / plan.world
+    ratios = {
+        Fraction(blocks.volume(plan.target.places[name]), blocks.volume(plan.source.places[name]))
+        for name in plan.names
+    }
     for load in shares:
-        assert abs(load.read + load.written - mean) <= max(weights)
+        assert abs(load.read + load.written - mean) <= max(weights) * len(ratios)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -542,9 +573,9 @@ def test_direct_balance_of_real_layouts(name, world):
 
 def test_collective_moves_keep_all_readers_busy():
     plan = real_plan("meta6 to tp3pp2", 6, "collective", "nearest")
-    moves = list(plan.moves(0))
-    for start in range(0, len(moves) - 24, 24):
-        reading = {rank for move in moves[start : start + 24] for rank, _ in move.reads}
+    taken = list(moves(plan, 0))
+    for start in range(0, len(taken) - 24, 24):
+        reading = {rank for move in taken[start : start + 24] for rank, _ in move.reads}
         assert reading == set(range(6))
 
 
@@ -574,7 +605,7 @@ def parameters_alike_but_for_the_coordinates_of_their_shards() -> Plan:
 
 
 @settings(slow_inputs, max_examples=150)
-@given(plans())
+@given(plans(machines=True))
 @example(parameters_alike_but_for_the_coordinates_of_their_shards())
 def test_totals_are_the_sum_over_all_moves(plan):
     expected = {rank: Load() for rank in range(plan.world)} | counted(all_moves(plan), 1)
@@ -613,12 +644,27 @@ def alike_parameters_at_different_ordinals() -> Plan:
     )
 
 
+def parameters_whose_readers_machines_differ() -> Plan:
+    """Of one block each; whether a reader may write its half depends on whose turn it is."""
+    halves = Placement((2, 8), Cut(1, 8, 4, 2))
+    source = [Slot(f"p{n}", halves, f"s{n}-{{shard}}", "k", torch.bfloat16) for n in range(8)]
+    target = [
+        Slot(f"p{n}", Placement((2, 8), uncut(2)), f"t{n}", "k", torch.float32) for n in range(8)
+    ]
+    layouts = (
+        Layout("x", "torchzip", 2, tuple(source)),
+        Layout("y", "safetensors", 1, tuple(target)),
+    )
+    return Plan(*layouts, 8, hosts=(0, 1, 1, 0, 0, 0, 1, 1))
+
+
 @settings(slow_inputs, max_examples=150)
-@given(plans(), st.sampled_from((1, 64)))
+@given(plans(machines=True), st.sampled_from((1, 64)))
 @example(alike_parameters_at_different_ordinals(), 1)
+@example(parameters_whose_readers_machines_differ(), 1)
 def test_the_least_capacity_is_the_largest_load_of_a_block(plan, align):
     expected = max(largest(counted([move], align)) for move in all_moves(plan))
-    assert plan.least_capacity(align) == expected
+    assert least_capacity(plan, align) == expected
 
 
 def test_digests_differ_where_a_run_differs_and_nowhere_else():
@@ -670,11 +716,11 @@ def test_planning_405b_takes_little_memory(target, mesh, exchange):
     try:
         plan = Plan(layout_of(model, "meta", tp=16), layout_of(model, target, **mesh), 8, exchange)
         assert plan.digest(plan.table_digest())
-        rounds = list(islice(plan.rounds(0, 8 << 20, 64), 3))
+        first = list(islice(rounds(plan, 0, 8 << 20, 64), 3))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(rounds) == 3
+    assert len(first) == 3
     assert plan.block_count() > 100_000
     assert peak < 100 << 20
 
@@ -703,8 +749,25 @@ def test_a_cut_that_shards_cannot_share_evenly_is_planned():
     target = Layout("y", "safetensors", 1, (Slot("p", plain, "t", "k", torch.float32),))
     plan = Plan(source, target, 2)
     assert plan.row_bounds("p") == (0, 3, 6, 7)
-    readers = [[(rank, stored.file) for rank, stored in move.reads] for move in plan.moves(0)]
+    readers = [[(rank, stored.file) for rank, stored in move.reads] for move in moves(plan, 0)]
     assert sorted(readers) == [[(0, "s0")], [(0, "s2")], [(1, "s1")]]
+
+
+def test_many_small_shards_are_taken_together():
+    """512 shards of two rows: blocks of as many whole shards as they hold; 16 large ones stay."""
+
+    def bounds(parts: int, rows: int) -> tuple[int, ...]:
+        shape = (parts * rows, 256)
+        cut, plain = Cut(0, shape[0], rows, parts), uncut(shape[0])
+        slots = (
+            Slot("p", Placement(shape, cut), "s{shard}", "k", torch.float32),
+            Slot("p", Placement(shape, plain), "t", "k", torch.float32),
+        )
+        return blocks.bounds_of(slots, 100 << 10)  # hundred rows
+
+    assert bounds(512, 2) == (*range(0, 1024, 100), 1024)
+    assert bounds(512, 15) == tuple(range(0, 512 * 15 + 1, 15))
+    assert bounds(16, 2) == tuple(range(0, 33, 2))
 
 
 def test_chunks_that_cut_rotary_heads_do_not_cut_blocks():
@@ -724,7 +787,7 @@ def test_a_block_of_two_boxes_beside_each_other_has_two_readers():
     source = Layout("x", "dcpfile", 4, (slot,))
     plan = Plan(source, Layout("y", "safetensors", 1, (plain,)), 2)
     assert plan.row_bounds("p") == (0, 2, 4)
-    readers = [[(rank, stored.key) for rank, stored in move.reads] for move in plan.moves(0)]
+    readers = [[(rank, stored.key) for rank, stored in move.reads] for move in moves(plan, 0)]
     assert sorted(readers) == [
         [(0, "k[2, 0]"), (0, "k[2, 3]")],
         [(1, "k[0, 0]"), (1, "k[0, 3]")],

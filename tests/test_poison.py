@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from reshard import commit
-from reshard.engine import Engine, Round
+from reshard.engine import Engine
 from reshard.storage import Files
 from tests.commands import call, done, move, one_line, write
 from tests.oracles.compare import assert_same_files, files_in
@@ -59,7 +59,7 @@ def test_nothing_of_a_poisoned_file_stays(
     assert_same_files(tmp_path / "poisoned", tmp_path / "plain")
 
 
-def skip_a_piece(current: Round) -> None:
+def skip_a_piece(current: Any) -> None:
     """Forget one piece of a round: no record, no bytes."""
     del current.pieces[len(current.pieces) // 2]
 
@@ -81,11 +81,11 @@ def test_a_block_that_no_rank_writes_is_found_before_it_is_published(
     done("verify", tmp_path / "dst")
 
 
-def disturbed(original: Callable[..., int], disturb: Callable[[Round], None]) -> Any:
+def disturbed(original: Callable[..., int], disturb: Callable[[Any], None]) -> Any:
     """`Engine._write` whose first round is disturbed."""
     struck = []
 
-    def write_disturbed(self: Engine, current: Round, *args: Any) -> int:
+    def write_disturbed(self: Engine, current: Any, *args: Any) -> int:
         if not struck:
             disturb(current)
             struck.append(1)

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -10,18 +12,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reshard import storage
+from reshard import native, storage
 from reshard.errors import CheckpointError, ConfigError, StorageError
+from reshard.space import allocated_bytes, require_space
 from reshard.storage import (
     MAX_BUFFERS,
     OPEN_FILES,
+    RWF_DONTCACHE,
+    SYNCS,
+    UNCACHED_BYTES,
     Files,
-    allocated_bytes,
     crc32_of,
     create,
     read_bytes,
-    require_space,
     sync,
+    sync_all,
 )
 
 DATA = bytes(range(256)) * 8
@@ -207,10 +212,73 @@ def test_what_was_written_is_synced_and_nothing_else(tmp_path, monkeypatch):
     for name in "cabc":
         files.write(name, 0, [memoryview(b"1234")])
     files.sync(lambda: steps.append(1))
-    assert (synced, len(steps)) == (["a", "b", "c"], 3)
+    assert (sorted(synced), len(steps)) == (["a", "b", "c"], 3)
     files.sync(lambda: steps.append(1))
     files.close()
     assert len(synced) == 3, "synced twice"
+
+
+def test_many_files_are_synced_at_a_time_and_a_failure_is_one_of_them(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{number}" for number in range(100)]
+    for path in paths:
+        path.touch()
+    meeting, steps = threading.Barrier(SYNCS, timeout=10), []
+    monkeypatch.setattr(storage.os, "fsync", lambda _: meeting.wait())
+    sync_all(paths[: 4 * SYNCS], lambda: steps.append(1))
+    assert len(steps) == 4 * SYNCS
+    monkeypatch.setattr(storage.os, "fsync", lambda _: time.sleep(0.01))
+    paths[3].unlink()
+    with pytest.raises(StorageError, match=r"/3`: cannot sync: No such file"):
+        sync_all(paths, lambda: steps.append(1))
+    assert len(steps) == 4 * SYNCS + 3
+
+
+LONG, SHORT = UNCACHED_BYTES + 5, UNCACHED_BYTES - 1
+
+
+@pytest.mark.parametrize("through", [True, False])
+@pytest.mark.parametrize("refusal", [None, errno.EOPNOTSUPP])
+def test_long_runs_go_past_the_cache_where_the_kernel_can(tmp_path, monkeypatch, through, refusal):
+    really, advise, flags, advised = os.pwritev, os.posix_fadvise, [], []
+
+    def pwritev(descriptor, buffers, offset, flag=0):
+        flags.append(flag)
+        if flag and refusal:
+            raise OSError(refusal, os.strerror(refusal))
+        return really(descriptor, buffers, offset)
+
+    def posix_fadvise(*args):
+        advised.append(args[1:])
+        advise(*args)
+
+    monkeypatch.setattr(storage.os, "pwritev", pwritev)
+    monkeypatch.setattr(storage.os, "posix_fadvise", posix_fadvise)
+    data = os.urandom(2 * LONG + SHORT)
+    create(tmp_path / "file", len(data), [])
+    files, views = Files(tmp_path, os.O_WRONLY, through=through), cut(data, [LONG, LONG, SHORT])
+    for offset, view in zip((0, LONG, 2 * LONG), views, strict=True):
+        files.write("file", offset, [view[:100], view[100:]])
+    files.close()
+    assert ((tmp_path / "file").read_bytes(), files.nbytes) == (data, len(data))
+    if not through:
+        assert (flags, advised) == ([0, 0, 0], [])
+    elif refusal:
+        assert flags == [RWF_DONTCACHE, 0, 0, 0], "it is asked once"
+        assert advised == [(at, LONG, os.POSIX_FADV_DONTNEED) for at in (0, LONG)]
+    else:
+        assert (flags, advised) == ([RWF_DONTCACHE, RWF_DONTCACHE, 0], [])
+
+
+def test_an_error_past_the_cache_is_an_error(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    create(tmp_path / "file", LONG, [])
+    files = Files(tmp_path, os.O_WRONLY, through=True)
+    monkeypatch.setattr(storage.os, "pwritev", fails)
+    with pytest.raises(StorageError, match=r"file`: cannot write: No space left on device"):
+        files.write("file", 0, [memoryview(bytes(LONG))])
+    files.close()
 
 
 def test_a_failing_sync_names_the_file(target, monkeypatch):
@@ -269,6 +337,39 @@ def test_create_places_chunks_and_keeps_what_is_there(tmp_path):
     assert path.read_bytes() == b"\0AB\0XY\0cd"
 
 
+def test_a_file_that_is_made_has_its_place_on_the_disk(tmp_path):
+    path = tmp_path / "file"
+    probe = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT)
+    try:
+        native.fallocate(probe, 1)
+    except OSError as error:
+        pytest.skip(f"no fallocate here: {error.strerror}")
+    finally:
+        os.close(probe)
+    create(path, 3_000_001, [(1_000_000, b"abc")])
+    assert path.stat().st_blocks * 512 >= 3_000_001
+    create(path, 2_000_000, [])
+    assert path.read_bytes() == bytes(1_000_000) + b"abc" + bytes(999_997)
+    with pytest.raises(StorageError, match=r"large`: cannot create: .*(space|large)"):
+        create(tmp_path / "large", 1 << 50, [])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        native.fallocate(probe, 1)
+
+
+@pytest.mark.parametrize("number", native.UNSUPPORTED)
+def test_a_file_system_without_fallocate_will_do(tmp_path, monkeypatch, number):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    def emulated(*_):
+        raise AssertionError("glibc reads and writes every block")
+
+    monkeypatch.setattr(storage.native, "fallocate", fails)
+    monkeypatch.setattr(storage.os, "posix_fallocate", emulated)
+    create(tmp_path / "file", 9, [(2, b"ab")])
+    assert (tmp_path / "file").read_bytes() == b"\0\0ab\0\0\0\0\0"
+
+
 def test_create_goes_on_after_a_short_write(tmp_path, monkeypatch):
     really = os.pwrite
     monkeypatch.setattr(storage.os, "pwrite", lambda fd, data, at: really(fd, data[:2], at))
@@ -288,5 +389,6 @@ def test_allocated_bytes_are_those_on_the_disk(tmp_path):
     (tmp_path / "a" / "b").write_bytes(bytes(10_000))
     before = allocated_bytes(tmp_path)
     assert before >= 10_000
-    create(tmp_path / "hole", 1 << 30, [])
+    with open(tmp_path / "hole", "wb") as hole:
+        hole.truncate(1 << 30)
     assert allocated_bytes(tmp_path) < before + (1 << 20)

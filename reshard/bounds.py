@@ -1,0 +1,67 @@
+"""How fast a plan could be at best, given what disks and networks carry. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reshard.errors import ConfigError
+from reshard.moves import Load, wire_itemsize
+from reshard.plan import Plan
+from reshard.schedule import Patterns
+from reshard.units import size_text
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """What the machines of a job can do: `ranks` on each, GB per second of `disk` and `net`.
+
+    A disk's rate is that of reading and writing together, a network's that of each direction; one
+    of the two may be None.
+    """
+
+    ranks: int
+    disk: float | None
+    net: float | None
+
+    def __post_init__(self) -> None:
+        for flag, rate in (("--disk", self.disk), ("--net", self.net)):
+            if rate is not None and not 0 < rate < float("inf"):
+                raise ConfigError(f"{flag}: {rate:g} is no rate; give GB/s per node, such as 5")
+
+
+def loads_by_machine(plan: Plan, loads: Sequence[Load], ranks: int) -> tuple[Load, ...]:
+    """Bytes of each machine of `ranks` ranks: what crosses inside one is neither sent nor received.
+
+    `loads` are those by rank.
+    """
+    machines = tuple(Load() for _ in range(-(-plan.world // ranks)))
+    for rank, load in enumerate(loads):
+        machines[rank // ranks].add(Load(read=load.read, written=load.written))
+    patterns = Patterns(plan)
+    for name in plan.names:
+        for _, crew, pattern in patterns.along(name, range(plan.blocks_in(name))):
+            for message in pattern.move.messages:
+                seats = pattern.crew.index(message.reader), pattern.crew.index(message.writer)
+                here, there = (crew[seat] // ranks for seat in seats)
+                if here != there:
+                    size = wire_itemsize(message, pattern.move.pieces[0][1])
+                    machines[here].sent += message.region.numel * size
+                    machines[there].received += message.region.numel * size
+    return machines
+
+
+def bound_line(plan: Plan, loads: Sequence[Load], machines: Machines) -> str:
+    """The least time that a plan needs, which the busiest disk or network decides."""
+    found = loads_by_machine(plan, loads, machines.ranks)
+    disk = max(load.read + load.written for load in found)
+    net = max(max(load.sent, load.received) for load in found)
+    parts = [
+        (nbytes / rate / 1e9, f"{what} {nbytes / rate / 1e9:.3g} s ({size_text(nbytes)})")
+        for what, nbytes, rate in (("disk", disk, machines.disk), ("network", net, machines.net))
+        if rate is not None
+    ]
+    seconds = max(second for second, _ in parts)
+    nodes = f"{len(found)} node{'s' if len(found) > 1 else ''} of {min(machines.ranks, plan.world)}"
+    return (
+        f"no faster than {seconds:.3g} s on {nodes} ranks: "
+        f"{', '.join(text for _, text in parts)} for the busiest node"
+    )
