@@ -7,6 +7,7 @@
 """
 
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -95,14 +96,10 @@ def run(words: Sequence[str], said: Path, limit: float = LIMIT_SECONDS) -> Life:
         child.wait()
         raise
     counters = _fields(Path(f"/proc/{child.pid}/io"))
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
+    if child.wait() != 0:
         why = f"took longer than {limit:g} s" if watch.ended else f"exit {child.returncode}"
         raise StepError(f"{why}: {last_lines(said)}")
-    # One that ends between two looks is seen at its end alone.
-    peak = max(watch.peak_rss, usage.ru_maxrss * 1024)
-    return Life(wall, peak, counters["rchar"], counters["wchar"])
+    return Life(wall, watch.peak_rss, counters["rchar"], counters["wchar"])
 
 
 def start(words: Sequence[str], said: Path) -> subprocess.Popen[bytes]:
@@ -145,8 +142,11 @@ class Watch:
 
     @property
     def peak_rss(self) -> int:
-        """The sum of the highest resident sets of all processes that were seen, in bytes."""
-        return sum(self._peaks.values())
+        """The sum of the highest resident sets of all processes that were seen, in bytes.
+
+        A page where all ended between two looks.
+        """
+        return max(sum(self._peaks.values()), mmap.PAGESIZE)
 
     def __enter__(self) -> "Watch":
         self._thread.start()
