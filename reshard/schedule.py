@@ -133,7 +133,8 @@ def rounds(plan: Plan, rank: int, capacity: int, align: int) -> Iterator[Round]:
                 loads[place] += size
             nbytes += pattern.nbytes
             crossing = crossing or bool(pattern.move.messages)
-            if rank in crew:
+            # Who might have kept a piece has a seat, and may have nothing to do.
+            if rank in crew and any(crew[seat] == rank for seat, *_ in pattern.loads):
                 own.append(plan.move(plan.block(name, block)))
     if nbytes:
         yield Round(own, nbytes, crossing)
