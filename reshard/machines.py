@@ -45,7 +45,9 @@ def writing_hosts(ranks: Ranks, target: Path, shared_files: str) -> tuple[int, .
     if ranks.world == 1:
         return ()
     try:
-        coherent = file_system(target, MOUNTS.read_text(encoding="utf-8")) in COHERENT
+        # Names of mounts are bytes, as those of files are.
+        mounts = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
+        coherent = file_system(target, mounts) in COHERENT
     except OSError:
         coherent = False
     found = ranks.gather((machine(), coherent))

@@ -56,10 +56,6 @@ class Load:
         self.received += other.received * count
         self.written += other.written * count
 
-    def largest(self) -> int:
-        """The largest of the four."""
-        return max(self.read, self.sent, self.received, self.written)
-
 
 def messages(
     reads: Sequence[tuple[int, StoredTensor]], pieces: Sequence[tuple[int, StoredTensor]]

@@ -47,6 +47,24 @@ def test_this_machine_and_its_mounts_are_told() -> None:
     assert file_system(Path("/proc/self"), machines.MOUNTS.read_text()) == "proc"
 
 
+class Two:
+    """Ranks of two machines that see the same."""
+
+    world = 2
+
+    def gather(self, value: tuple[str, bool]) -> list[tuple[str, bool]]:
+        return [value, (f"not {value[0]}", value[1])]
+
+
+def test_names_of_mounts_are_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_bytes(b"1 1 0:1 / / rw - lustre a rw\n2 1 0:2 / /mnt/\xff rw - nfs b rw\n")
+    monkeypatch.setattr(machines, "MOUNTS", mounts)
+    ranks: Any = Two()
+    assert machines.writing_hosts(ranks, Path("/data"), "auto") == ()
+    assert machines.writing_hosts(ranks, Path("/mnt/\udcff/x"), "auto") == (0, 1)
+
+
 def on_two_machines(root: Path, shared: str, mount: str, mode: str) -> dict[str, Any]:
     """Run a job on ranks of which each two believe in a machine of their own; what each wrote."""
     ranks = Ranks()
