@@ -113,7 +113,8 @@ class Form:
     first row), the first shard of each place on both sides, and its seats: one for each part that
     is read, and one for each piece where the target's shards have groups. `order` is that in which
     blocks are moved. `groups` are (side, group) pairs, and `taken` has for each the bytes of its
-    turns.
+    turns. A block puts no more on a rank than `bulk` bytes in `parts` parts, read, sent, received
+    or written.
     """
 
     order: tuple[int, ...]
@@ -122,6 +123,8 @@ class Form:
     seats: tuple[tuple[Seat, ...], ...]
     groups: tuple[tuple[int, int], ...]
     taken: tuple[tuple[int, ...], ...]
+    bulk: int
+    parts: int
 
 
 def form(
@@ -153,6 +156,7 @@ def form(
         tuple(table.seats),
         tuple(table.numbers),
         tuple(map(tuple, table.taken)),
+        *_most(parts.values()),
     )
 
 
@@ -163,6 +167,7 @@ class _Part(NamedTuple):
     place: int
     shard: int
     nbytes: int
+    room: int
 
 
 def _parts(sides: Sequence[Sequence[Slot]], rows: Region, first: Firsts) -> Iterator[_Part]:
@@ -172,7 +177,20 @@ def _parts(sides: Sequence[Sequence[Slot]], rows: Region, first: Firsts) -> Iter
         places = {id(slot): place for place, slot in enumerate(slots)}
         for stored in stored_on(slots, rows):
             place = places[id(stored.slot)]
-            yield _Part(side, place, stored.shard - first[side][place], stored.nbytes)
+            shard = stored.shard - first[side][place]
+            yield _Part(side, place, shard, stored.nbytes, stored.room)
+
+
+def _most(blocks: Iterable[Sequence[_Part]]) -> tuple[int, int]:
+    """The most that a side of a block has in memory, in bytes, and the most messages it takes."""
+    bulk = parts = 0
+    for block in blocks:
+        read, written = ([part for part in block if part.side == side] for side in (0, 1))
+        bulk = max(bulk, *(sum(part.room for part in side) for side in (read, written)))
+        # Pieces of one place are disjoint. One of another place may be wanted around all others.
+        boxes = len(written) ** (2 if any(part.place for part in written) else 1)
+        parts = max(parts, len(read) * boxes)
+    return bulk, parts
 
 
 class _Seats:
@@ -188,7 +206,7 @@ class _Seats:
         """Give each part of the next block a seat; all of one group have the same turn."""
         seats: list[Seat] = []
         began: dict[int, int] = {}
-        for side, place, shard, nbytes in parts:
+        for side, place, shard, nbytes, _ in parts:
             if not self._groups[side]:
                 continue
             key = side, self._groups[side][place][first[side][place] + shard]

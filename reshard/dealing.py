@@ -20,7 +20,8 @@ def local_readers(source: Layout, local: Mapping[str, Ranks]) -> Mapping[tuple[R
     They share the coordinates of what they alone see as all ranks share those of all files.
     """
     seen: dict[Ranks, set[int]] = {}
-    for slot in source.slots if local else ():
+    alike = {_home(slot): slot for slot in source.slots} if local else {}
+    for slot in alike.values():
         for shard in range(slot.placement.cut.parts):
             if (ranks := local.get(slot.file_of(shard))) is not None:
                 seen.setdefault(ranks, set()).add(slot.coordinate_of(shard))
@@ -30,6 +31,11 @@ def local_readers(source: Layout, local: Mapping[str, Ranks]) -> Mapping[tuple[R
         for coordinate, places in zip(sorted(coordinates), dealt, strict=True):
             found[ranks, coordinate] = tuple(ranks[place] for place in places)
     return found
+
+
+def _home(slot: Slot) -> object:
+    """What the files and the coordinates of a place's shards follow from."""
+    return slot.file, slot.coordinate, slot.spread, slot.placement.cut.parts
 
 
 class Dealing:
@@ -46,6 +52,7 @@ class Dealing:
         among = local_readers(layout, self._local)
         self._numbers = {key: len(ranks) + place for place, key in enumerate(among)}
         self.groups = (*ranks, *among.values())
+        self._known: dict[object, Sequence[int]] = {}
 
     def group(self, slot: Slot, shard: int) -> int:
         """The number of the group that a shard is dealt to."""
@@ -59,10 +66,13 @@ class Dealing:
         return first, tuple(self._by_shard(slot, first) for slot in slots)
 
     def _by_shard(self, slot: Slot, first: int) -> Sequence[int]:
-        shards = range(slot.placement.cut.parts)
-        if self._local or slot.spread:
-            return tuple(self.group(slot, shard) - first for shard in shards)
-        return range(slot.coordinate - first, slot.coordinate - first + len(shards))
+        parts = slot.placement.cut.parts
+        if not self._local and not slot.spread:
+            return range(slot.coordinate - first, slot.coordinate - first + parts)
+        key = _home(slot), first
+        if key not in self._known:
+            self._known[key] = tuple(self.group(slot, shard) - first for shard in range(parts))
+        return self._known[key]
 
 
 def files_by_host(
@@ -76,13 +86,7 @@ def files_by_host(
     members: dict[int, list[int]] = {}
     for rank, host in enumerate(hosts):
         members.setdefault(host, []).append(rank)
-    homes: dict[str, int] = {}
-    sizes: dict[str, int] = {}
-    for slot in target.slots:
-        for shard in range(slot.placement.cut.parts):
-            file = slot.file_of(shard)
-            homes.setdefault(file, slot.coordinate_of(shard))
-            sizes[file] = sizes.get(file, 0) + slot.placement.box(shard).numel * slot.dtype.itemsize
+    homes, sizes = _files(target)
     written = dict.fromkeys(members, 0)
     found = {}
     for file in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -92,6 +96,22 @@ def files_by_host(
         written[host] += sizes[file]
         found[file] = tuple(members[host])
     return found
+
+
+def _files(target: Layout) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """The mesh coordinate of each file, and the bytes of its stored tensors."""
+    homes: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    alike: dict[object, list[Slot]] = {}
+    for slot in target.slots:
+        alike.setdefault((_home(slot), slot.placement, slot.dtype), []).append(slot)
+    for slot, *others in alike.values():
+        size = slot.dtype.itemsize * (1 + len(others))
+        for shard in range(slot.placement.cut.parts):
+            file = slot.file_of(shard)
+            homes.setdefault(file, slot.coordinate_of(shard))
+            sizes[file] = sizes.get(file, 0) + slot.placement.box(shard).numel * size
+    return homes, sizes
 
 
 def files_of(rank: int, world: int, files: Sequence[str], local: Mapping[str, Ranks]) -> list[str]:

@@ -7,6 +7,7 @@ which lies on a box (region) of one logical parameter. Resharding is: intersect 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import sub
 
 import torch
 
@@ -26,18 +27,22 @@ class Region:
     @property
     def shape(self) -> tuple[int, ...]:
         """The box's extent in each dim."""
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def numel(self) -> int:
         """How many elements the box holds."""
-        return math.prod(self.shape)
+        return math.prod(map(sub, self.stop, self.start))
 
     def __and__(self, other: "Region") -> "Region | None":
         """The common box, or None where the two do not meet."""
-        start = tuple(map(max, self.start, other.start))
-        stop = tuple(map(min, self.stop, other.stop))
-        return Region(start, stop) if all(map(int.__lt__, start, stop)) else None
+        # Most pairs do not meet, and a large plan has millions.
+        for a, b, c, d in zip(self.start, other.start, self.stop, other.stop, strict=True):
+            if (a if a > b else b) >= (c if c < d else d):
+                return None
+        return Region(
+            tuple(map(max, self.start, other.start)), tuple(map(min, self.stop, other.stop))
+        )
 
     def __sub__(self, other: "Region") -> "list[Region]":
         """What is left of this box without `other`, as disjoint boxes."""

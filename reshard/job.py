@@ -109,11 +109,11 @@ class _Run:
         with contextlib.ExitStack() as stack:
             ranks.together(lambda: self._check_place(force))
             ranks.together(lambda: stack.enter_context(self._locked()))
-            state = ranks.gather(ranks.together(lambda: self._begin(force)))[0]
+            places = commit.TargetPlaces(self.plan.target)
+            state = ranks.gather(ranks.together(lambda: self._begin(places, force)))[0]
             if state is not State.DONE:
                 ranks.resumable(True)
                 moved = time.monotonic()
-                places = commit.TargetPlaces(self.plan.target)
                 counters, warnings = self._move(places, state)
                 seconds["move"], committing = time.monotonic() - moved, time.monotonic()
                 rest = Finish(self.prepared, self.scan, self.plan, ranks, self.workspace, force)
@@ -131,15 +131,14 @@ class _Run:
         if self.ranks.rank == 0 and not self.workspace.finished(force=force):
             self.prepared.target_format.check_place(self.workspace.target.parent)
 
-    def _begin(self, force: bool) -> State:
+    def _begin(self, places: commit.TargetPlaces, force: bool) -> State:
         """Rank 0, whose answer counts, looks at the target and makes the partial directory."""
         if self.ranks.rank != 0:
             return State.FRESH
         path = self.workspace.target
-        size = commit.TargetPlaces(self.plan.target).size()
         state = self.workspace.begin(force=force)
         if state is not State.DONE:
-            require_space(path.parent, size, allocated_bytes(self.workspace.data))
+            require_space(path.parent, places.size(), allocated_bytes(self.workspace.data))
             self.workspace.make()
         return state
 

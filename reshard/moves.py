@@ -30,14 +30,14 @@ class Message:
 class Move:
     """All that happens to one block: which ranks read and write, and what crosses between them.
 
-    `tied` says whether other ranks could write a piece equally well.
+    `ties` is the number of ways to choose between ranks that could write a piece equally well.
     """
 
     block: Block
     reads: tuple[tuple[int, StoredTensor], ...]
     pieces: tuple[tuple[int, StoredTensor], ...]
     messages: tuple[Message, ...]
-    tied: bool = False
+    ties: int = 1
 
 
 @dataclass(slots=True)

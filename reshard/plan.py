@@ -6,6 +6,7 @@ same plan; none is sent anywhere, and blocks are expanded as they are needed.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -192,8 +193,8 @@ class Plan:
             (ranks[(tie + place) % len(ranks)], piece)
             for place, (ranks, piece) in enumerate(zip(choices, wanted, strict=True))
         )
-        tied = any(len(ranks) > 1 for ranks in choices)
-        return Move(block, reads, pieces, tuple(messages(reads, pieces)), tied)
+        ties = math.lcm(*map(len, choices))
+        return Move(block, reads, pieces, tuple(messages(reads, pieces)), ties)
 
     def _writers(
         self,

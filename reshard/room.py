@@ -3,7 +3,7 @@
 from reshard.buffers import ALIGN
 from reshard.errors import ConfigError
 from reshard.plan import Plan
-from reshard.schedule import least_capacity
+from reshard.schedule import ample_capacity, least_capacity
 
 RESERVED_BYTES = 12 << 20
 MAX_ROUND_BYTES = 16 << 20
@@ -29,6 +29,9 @@ def planned_memory(memory: int, plan: Plan) -> int:
 
 def round_bytes(memory: int, plan: Plan) -> int:
     """Bytes of `memory` that each buffer gets; too little is refused with the least that works."""
+    share = (memory - RESERVED_BYTES) // buffers_of(plan) // ALIGN * ALIGN
+    if min(share, MAX_ROUND_BYTES) >= ample_capacity(plan, ALIGN):
+        return min(share, MAX_ROUND_BYTES)
     least = least_capacity(plan, ALIGN)
     needed = least_memory(plan, least)
     if memory < needed:
@@ -36,5 +39,4 @@ def round_bytes(memory: int, plan: Plan) -> int:
             f"engine.memory: {memory / (1 << 20):g}MiB is too little for this plan; "
             f"the least that works is {needed >> 20}MiB"
         )
-    share = (memory - RESERVED_BYTES) // buffers_of(plan)
-    return max(least, min(MAX_ROUND_BYTES, share // ALIGN * ALIGN))
+    return max(least, min(MAX_ROUND_BYTES, share))

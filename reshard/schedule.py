@@ -49,7 +49,7 @@ class Patterns:
     def __init__(self, plan: Plan, align: int | None = None) -> None:
         self._plan, self._align = plan, align
         self._known: dict[tuple[object, int], Pattern] = {}
-        self._tied: set[object] = set()
+        self._ties: dict[object, int] = {}
 
     def along(self, name: str, blocks: Iterable[int]) -> Iterator[tuple[int, Ranks, Pattern]]:
         """For some blocks of a parameter: the block, its crew, and its pattern."""
@@ -58,7 +58,7 @@ class Patterns:
         for block in blocks:
             crew = crew_of(block)
             kind = shapes[block], self._common(crew)
-            tie = crews.tie(name, block) if kind in self._tied else 0
+            tie = crews.tie(name, block) % ties if (ties := self._ties.get(kind, 1)) > 1 else 0
             pattern = self._known.get((kind, tie))
             if pattern is None:
                 pattern = self._found(kind, plan.move(plan.block(name, block)), crew)
@@ -74,10 +74,8 @@ class Patterns:
 
     def _found(self, kind: object, move: Move, crew: Ranks) -> Pattern:
         """The pattern of a kind of blocks, of which there is one for each tie that matters."""
-        tie = 0
-        if move.tied:
-            self._tied.add(kind)
-            tie = self._plan.crews.tie(move.block.parameter, move.block.index)
+        self._ties[kind] = move.ties
+        tie = self._plan.crews.tie(move.block.parameter, move.block.index) % move.ties
         loads = tuple(
             (crew.index(rank), place, getattr(load, field))
             for rank, load in loads_of(move, self._align).items()
@@ -140,6 +138,12 @@ def rounds(plan: Plan, rank: int, capacity: int, align: int) -> Iterator[Round]:
         yield Round(own, nbytes, crossing)
 
 
+def ample_capacity(plan: Plan, align: int) -> int:
+    """At least `least_capacity`, and told at once: what all ranks together have of any block."""
+    forms = {team.form for team in plan.crews.teams.values()}
+    return max((form.bulk + form.parts * align for form in forms), default=0)
+
+
 def least_capacity(plan: Plan, align: int) -> int:
     """The largest load that any single block puts on a rank: no round can be smaller."""
     patterns, least = Patterns(plan, align), 0
@@ -150,6 +154,6 @@ def least_capacity(plan: Plan, align: int) -> int:
             continue
         found = {pattern for *_, pattern in patterns.along(name, range(plan.blocks_in(name)))}
         least = max([least, *(pattern.largest for pattern in found)])
-        if team.fixed and not plan.hosts and not any(pattern.move.tied for pattern in found):
+        if team.fixed and not plan.hosts and all(pattern.move.ties == 1 for pattern in found):
             settled.add(team)
     return least

@@ -27,7 +27,7 @@ from reshard.layout import Layout, Slot
 from reshard.moves import Load, Move, loads_of
 from reshard.placement import Boxes, Cut, Placement, uncut
 from reshard.plan import Plan
-from reshard.schedule import least_capacity, moves, rounds
+from reshard.schedule import ample_capacity, least_capacity, moves, rounds
 from reshard.topologies import read_model
 from reshard.traffic import loads_by_rank
 from tests.layouts import cases, config_of, fused, layout_of, layout_pairs
@@ -665,6 +665,7 @@ def parameters_whose_readers_machines_differ() -> Plan:
 def test_the_least_capacity_is_the_largest_load_of_a_block(plan, align):
     expected = max(largest(counted([move], align)) for move in all_moves(plan))
     assert least_capacity(plan, align) == expected
+    assert ample_capacity(plan, align) >= expected
 
 
 def test_digests_differ_where_a_run_differs_and_nowhere_else():

@@ -8,6 +8,7 @@ blocks is counted, and grows with its share of the model. Seconds of this proces
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -35,6 +36,7 @@ HEAD = "| plan | ranks | begin, s | MiB | rounds, s | own blocks | balance read,
 
 def planned(model: str, source: str, target: str, world: int) -> dict[str, float]:
     """Plan a job for the first of `world` ranks; seconds, MiB beyond imports, and balance."""
+    gc.freeze()  # as the command does
     before, began = memory_of("VmRSS"), time.process_time()
     job = config.load(source, target, [f"src.model={model}"], None)
     prepared = prepare(job)

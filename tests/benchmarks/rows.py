@@ -131,11 +131,12 @@ def _converter(model: str, pairs: int) -> Row:
     return Row(f"transformers-{model}", model, "meta8", steps, bounds, "wall", pairs=pairs)
 
 
-def _flip(world: int) -> Row:
+def _flip(world: int, mode: str) -> Row:
     """Eight files of columns into a file of rows for each rank: every matrix changes its dim."""
     peer = _on_ranks("dcp.load + dcp.save", "dcp_reshard", world, ("load", "save"))
-    steps = (COPY, peer, ours("flipped8", f"fsdp{world}", world))
-    return Row(f"dcp-flip-{world}", "1b", "flipped8", steps, (Bound("faster", 3.0),), pairs=FEW)
+    own = ours("flipped8", f"fsdp{world}", world, *MODES[mode])
+    bounds = (Bound("faster", 3.0),)
+    return Row(f"dcp-flip-{world}-{mode}", "1b", "flipped8", (COPY, peer, own), bounds, pairs=FEW)
 
 
 def _merge() -> Row:
@@ -155,7 +156,8 @@ def _consolidation(world: int, usual: bool) -> Row:
 
 def all_rows() -> list[Row]:
     """Every row that there is, in the order of running."""
-    peers = [_converter("1b", FEW), _flip(2), _flip(8), _merge()]
+    flips = [_flip(world, mode) for world in WORLDS for mode in ("direct", "collective")]
+    peers = [_converter("1b", FEW), *flips, _merge()]
     peers += [_consolidation(2, True), _consolidation(8, False), _converter("3b", FEW - 1)]
     return _routes() + peers
 
