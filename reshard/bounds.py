@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reshard.errors import ConfigError
-from reshard.moves import Load, wire_itemsize
+from reshard.moves import Load, wire_bytes
 from reshard.plan import Plan
 from reshard.schedule import Patterns
 from reshard.units import size_text
@@ -43,9 +43,9 @@ def loads_by_machine(plan: Plan, loads: Sequence[Load], ranks: int) -> tuple[Loa
                 seats = pattern.crew.index(message.reader), pattern.crew.index(message.writer)
                 here, there = (crew[seat] // ranks for seat in seats)
                 if here != there:
-                    size = wire_itemsize(message, pattern.move.pieces[0][1])
-                    machines[here].sent += message.region.numel * size
-                    machines[there].received += message.region.numel * size
+                    nbytes = wire_bytes(message, pattern.move.pieces[0][1])
+                    machines[here].sent += nbytes
+                    machines[there].received += nbytes
     return machines
 
 

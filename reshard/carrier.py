@@ -54,7 +54,21 @@ class Device(Protocol):
         """Wait until all is done that was begun."""
 
 
-class Host:
+class _OverGroup:
+    """What is exchanged over the one process group there is, which carries nothing else."""
+
+    def exchange(
+        self,
+        received: torch.Tensor,
+        sent: torch.Tensor,
+        received_bytes: Sequence[int],
+        sent_bytes: Sequence[int],
+    ) -> None:
+        """Send `sent`, cut by rank into `sent_bytes`; fill `received` with what ranks sent here."""
+        dist.all_to_all_single(received, sent, list(received_bytes), list(sent_bytes))
+
+
+class Host(_OverGroup):
     """The CPU, over Gloo: what is packed is what is sent."""
 
     name, apart = "cpu", False
@@ -68,22 +82,12 @@ class Host:
         if to is not source:
             to.copy_(source)
 
-    def exchange(
-        self,
-        received: torch.Tensor,
-        sent: torch.Tensor,
-        received_bytes: Sequence[int],
-        sent_bytes: Sequence[int],
-    ) -> None:
-        """Exchange over the one process group there is."""
-        dist.all_to_all_single(received, sent, list(received_bytes), list(sent_bytes))
-
     def synchronise(self) -> None:
         """Nothing runs late here."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cuda:
+class Cuda(_OverGroup):
     """A GPU, over NCCL: copies and exchange follow each other on its current stream.
 
     NCCL's call joins that stream before it returns, or runs on it (pytorch/pytorch#150398), and no
@@ -105,16 +109,6 @@ class Cuda:
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         """Copy from or to pinned memory, while this thread goes on."""
         to.copy_(source, non_blocking=True)
-
-    def exchange(
-        self,
-        received: torch.Tensor,
-        sent: torch.Tensor,
-        received_bytes: Sequence[int],
-        sent_bytes: Sequence[int],
-    ) -> None:
-        """Exchange over the process group, whose one communicator carries nothing else."""
-        dist.all_to_all_single(received, sent, list(received_bytes), list(sent_bytes))
 
     def synchronise(self) -> None:
         """Wait for the stream."""

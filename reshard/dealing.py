@@ -75,26 +75,26 @@ class Dealing:
         return self._known[key]
 
 
-def files_by_host(
-    target: Layout, owners: Sequence[Ranks], hosts: Sequence[int]
+def writers_by_file(
+    target: Layout, owners: Sequence[Ranks], machines: Sequence[int]
 ) -> Mapping[str, Ranks]:
-    """The ranks of the one host that writes each file: of its owners' the one with fewest bytes.
+    """The ranks of the one machine that writes each file: of its owners' the one with fewest bytes.
 
-    Two hosts that write one page of a file at a time may undo each other's bytes where the file
+    Two machines that write one page of a file at a time may undo each other's bytes where the file
     system does not keep their caches the same (NFS).
     """
     members: dict[int, list[int]] = {}
-    for rank, host in enumerate(hosts):
-        members.setdefault(host, []).append(rank)
+    for rank, machine in enumerate(machines):
+        members.setdefault(machine, []).append(rank)
     homes, sizes = _files(target)
     written = dict.fromkeys(members, 0)
     found = {}
     for file in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        host = min(
-            {hosts[rank] for rank in owners[homes[file]]}, key=lambda one: (written[one], one)
+        machine = min(
+            {machines[rank] for rank in owners[homes[file]]}, key=lambda one: (written[one], one)
         )
-        written[host] += sizes[file]
-        found[file] = tuple(members[host])
+        written[machine] += sizes[file]
+        found[file] = tuple(members[machine])
     return found
 
 

@@ -31,13 +31,13 @@ from reshard.checks import Check, checks_of
 from reshard.earlier import Earlier
 from reshard.journal import Journal, Record, Table
 from reshard.layout import StoredTensor
-from reshard.moves import Move
+from reshard.moves import Move, wire_dtype
 from reshard.packing import carry, copies, plain
 from reshard.plan import Plan
 from reshard.schedule import Round, rounds
 from reshard.storage import Files
 from reshard.units import size_text
-from reshard.wire import Exchange, Letter, line_up, wire_dtype
+from reshard.wire import Exchange, Letter, line_up
 
 T = TypeVar("T")
 

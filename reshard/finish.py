@@ -68,7 +68,7 @@ class Finish:
     ) -> dict[str, dict[str, object]]:
         """Prove, patch and sync the files of this rank; their records for the manifest."""
         ranks, target = self.ranks, self.plan.target
-        own = files_of(ranks.rank, ranks.world, target.files, self.plan.writing_hosts)
+        own = files_of(ranks.rank, ranks.world, target.files, self.plan.file_writers)
         numbers = {file: number for number, file in enumerate(target.files)}
         table = Table.read(self.workspace.journals, ranks.step, [numbers[file] for file in own])
         records = {}

@@ -21,7 +21,7 @@ from reshard.formats.options import Scan
 from reshard.geometry import whole
 from reshard.journal import Journal, Table
 from reshard.logs import LOG
-from reshard.machines import writing_hosts
+from reshard.machines import machines_apart
 from reshard.plan import Plan
 from reshard.prepare import Prepared, job_digest, prepare, source_states
 from reshard.progress import Progress
@@ -34,6 +34,11 @@ from reshard.storage import Files
 from reshard.units import size_text
 from reshard.view import through, within
 from reshard.workspace import State, Workspace, require_apart, require_shared
+
+MACHINES_APART = (
+    "engine.shared_files: each file is written by the ranks of one machine, since the file system "
+    "may not keep apart what several write (always|never says otherwise)"
+)
 
 
 def run(config: JobConfig, ranks: Ranks, *, force: bool, say: Callable[[str], None]) -> Report:
@@ -59,15 +64,16 @@ def _under_way(
     require_apart(prepared.root(scan), workspace.target)
     files = files_of(ranks.rank, ranks.world, scan.layout.files, prepared.local)
     ranks.together(within(prepared.view, lambda: common.check_headers(scan, files)))
-    hosts = writing_hosts(ranks, workspace.target, config.engine.shared_files)
-    plan = ranks.together(lambda: prepared.plan(ranks.world, hosts))
+    machines = machines_apart(ranks, workspace.target, config.engine.shared_files)
+    plan = ranks.together(lambda: prepared.plan(ranks.world, machines))
     capacity = ranks.together(lambda: round_bytes(config.engine.memory, plan))
     states = tuple(source_states(scan))
     digest = job_digest(prepared, plan)
     workspace = replace(workspace, digest=digest)
     agreed = (plan.digest(digest), capacity, config.strict_replicas, library_versions(plan))
     ranks.agree("plan", repr(agreed))
-    for line in prepared.notes if ranks.rank == 0 else ():
+    apart = (MACHINES_APART,) if machines else ()
+    for line in (*prepared.notes, *apart) if ranks.rank == 0 else ():
         say(line)
     return _Run(
         prepared,
@@ -145,7 +151,7 @@ class _Run:
     def _own_files(self) -> tuple[str, ...]:
         """The target files that this rank lays out and finishes."""
         ranks, files = self.ranks, self.plan.target.files
-        return tuple(files_of(ranks.rank, ranks.world, files, self.plan.writing_hosts))
+        return tuple(files_of(ranks.rank, ranks.world, files, self.plan.file_writers))
 
     def _move(self, places: commit.TargetPlaces, state: State) -> tuple[Counters, list[str]]:
         """Lay out the files, run the rounds, and compare what the source holds more than once."""

@@ -36,7 +36,7 @@ def file_system(path: Path, mounts: str) -> str:
     return found[1]
 
 
-def writing_hosts(ranks: Ranks, target: Path, shared_files: str) -> tuple[int, ...]:
+def machines_apart(ranks: Ranks, target: Path, shared_files: str) -> tuple[int, ...]:
     """The number of each rank's machine, where no two machines may write one file; else ().
 
     Two that write one page of a file at a time may undo each other's bytes where a file system does

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from reshard.geometry import Region, disjoint
 from reshard.layout import StoredTensor
 
@@ -77,9 +79,14 @@ def written_by(writer: int, pieces: Sequence[tuple[int, StoredTensor]]) -> list[
     return disjoint(further, [piece.region for piece in own if not piece.copy])
 
 
-def wire_itemsize(message: Message, target: StoredTensor) -> int:
-    """Bytes per element on the wire: the narrower of the two dtypes."""
-    return min(message.stored.dtype.itemsize, target.dtype.itemsize)
+def wire_dtype(message: Message, target: StoredTensor) -> torch.dtype:
+    """The dtype in which a message travels: the narrower of the two."""
+    return min(message.stored.dtype, target.dtype, key=lambda dtype: dtype.itemsize)
+
+
+def wire_bytes(message: Message, target: StoredTensor) -> int:
+    """Bytes of a message on the wire."""
+    return message.region.numel * wire_dtype(message, target).itemsize
 
 
 def loads_of(move: Move, align: int | None = None) -> dict[int, Load]:
@@ -101,7 +108,7 @@ def loads_of(move: Move, align: int | None = None) -> dict[int, Load]:
     for rank, piece in move.pieces:
         loads.setdefault(rank, Load()).written += size(piece)
     for message in move.messages:
-        nbytes = up(message.region.numel * wire_itemsize(message, move.pieces[0][1]))
+        nbytes = up(wire_bytes(message, move.pieces[0][1]))
         loads.setdefault(message.reader, Load()).sent += nbytes
         loads.setdefault(message.writer, Load()).received += nbytes
     return loads

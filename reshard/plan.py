@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 
 from reshard.blocks import block_bytes, bounds_of, rows_of, volume
 from reshard.crews import Crews, teams_of
-from reshard.dealing import Dealing, Ranks, deal, files_by_host, rank_text
+from reshard.dealing import Dealing, Ranks, deal, rank_text, writers_by_file
 from reshard.errors import ConfigError
 from reshard.layout import Layout, StoredTensor
 from reshard.moves import Block, Move, messages
@@ -29,8 +29,8 @@ class Plan:
     """The whole job for `world` ranks.
 
     `readers` and `owners` list the ranks of each mesh coordinate. `local` names the source files
-    that not all ranks see, with the ranks that do, in order: only these read them. `hosts` has the
-    number of each rank's machine where no two machines may write one file.
+    that not all ranks see, with the ranks that do, in order: only these read them. `machines` has
+    the number of each rank's machine where no two machines may write one file.
     """
 
     source: Layout
@@ -41,7 +41,7 @@ class Plan:
     readers: tuple[Ranks, ...] = field(default=())
     owners: tuple[Ranks, ...] = field(default=())
     local: Mapping[str, Ranks] = field(default_factory=dict, hash=False)
-    hosts: Ranks = ()
+    machines: Ranks = ()
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES or self.writers not in WRITERS:
@@ -59,7 +59,7 @@ class Plan:
                 f"engine.exchange=direct: needs every file visible to every rank, but `{file}` is "
                 f"seen by {rank_text(ranks)} alone; use engine.exchange=collective"
             )
-        if self.exchange == "direct" and self.hosts:
+        if self.exchange == "direct" and self.machines:
             raise ConfigError(
                 "engine.exchange=direct: several machines would write one page of a file at a "
                 "time, which its file system may not keep apart; use engine.exchange=collective, "
@@ -138,9 +138,9 @@ class Plan:
         return min(self.world - 1, (start * 2 * rows + middle) * self.world // (end * 2 * rows))
 
     @cached_property
-    def writing_hosts(self) -> Mapping[str, Ranks]:
+    def file_writers(self) -> Mapping[str, Ranks]:
         """The ranks of the one machine that writes a file, where that matters."""
-        return files_by_host(self.target, self.owners, self.hosts) if self.hosts else {}
+        return writers_by_file(self.target, self.owners, self.machines) if self.machines else {}
 
     @cached_property
     def crews(self) -> Crews:
@@ -151,8 +151,8 @@ class Plan:
         reading = writing = None
         if self.exchange == "collective":
             reading = Dealing(self.source, self.readers, self.local)
-            if self.writers == "owner" or self.hosts:
-                writing = Dealing(self.target, self.owners, self.writing_hosts)
+            if self.writers == "owner" or self.machines:
+                writing = Dealing(self.target, self.owners, self.file_writers)
         sides = self.source, self.target
         teams = teams_of(sides, (reading, writing), self.row_bounds)
         return Crews(self.order, teams, ties=self.writers == "nearest")
@@ -205,7 +205,7 @@ class Plan:
         """Who may write `piece`: its owner, or those that hold most of it."""
         if keeper is not None and self.writers == "owner":
             return (keeper,)
-        may = self.writing_hosts.get(piece.file)
+        may = self.file_writers.get(piece.file)
         held: dict[int, int] = {}
         for rank, stored in reads:
             common = stored.region & piece.region if stored.copy == 0 else None
@@ -251,7 +251,7 @@ class Plan:
         parts: tuple[object, ...] = (
             *(job, self.world, self.exchange, self.writers, self.readers, self.owners),
             *((sorted(self.local.items()),) if self.local else ()),
-            *((self.hosts,) if self.hosts else ()),
+            *((self.machines,) if self.machines else ()),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -69,10 +69,11 @@ class Prepared:
         names = (*self.made_files(), *self.small.facts.names, *self.small.facts.inside)
         return assets.readiness(names, self.target_format.NEEDED, config)
 
-    def plan(self, world: int, hosts: Ranks = ()) -> Plan:
-        """The plan for `world` ranks, on `hosts` of which only one may write a file."""
+    def plan(self, world: int, machines: Ranks = ()) -> Plan:
+        """The plan for `world` ranks, on `machines` of which only one may write a file."""
         engine, sides = self.config.engine, (self.source, self.target)
-        return Plan(*sides, world, engine.exchange, engine.writers, local=self.local, hosts=hosts)
+        modes = engine.exchange, engine.writers
+        return Plan(*sides, world, *modes, local=self.local, machines=machines)
 
     def root(self, scan: Scan) -> Path:
         """The source's directory as the user knows it."""

@@ -67,10 +67,10 @@ class Patterns:
     def _common(self, crew: Ranks) -> object:
         """What ranks, and what machines, seats have in common."""
         ranks = tuple(map(crew.index, crew)) if len(set(crew)) < len(crew) else None
-        if not self._plan.hosts:
+        if not self._plan.machines:
             return ranks
-        hosts = [self._plan.hosts[rank] for rank in crew]
-        return ranks, tuple(map(hosts.index, hosts))
+        machines = [self._plan.machines[rank] for rank in crew]
+        return ranks, tuple(map(machines.index, machines))
 
     def _found(self, kind: object, move: Move, crew: Ranks) -> Pattern:
         """The pattern of a kind of blocks, of which there is one for each tie that matters."""
@@ -154,6 +154,6 @@ def least_capacity(plan: Plan, align: int) -> int:
             continue
         found = {pattern for *_, pattern in patterns.along(name, range(plan.blocks_in(name)))}
         least = max([least, *(pattern.largest for pattern in found)])
-        if team.fixed and not plan.hosts and all(pattern.move.ties == 1 for pattern in found):
+        if team.fixed and not plan.machines and all(pattern.move.ties == 1 for pattern in found):
             settled.add(team)
     return least

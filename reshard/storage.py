@@ -28,6 +28,8 @@ STEP_BYTES = 4 << 20
 SYNCS = 16
 # Linux 6.14, include/uapi/linux/fs.h: write through the cache, and keep nothing in it.
 RWF_DONTCACHE = 0x80
+HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space")
+HINTS[errno.EROFS] = "; choose a directory that can be written"
 # What is shorter stays in the cache until it is synced: it may share its page with what is next.
 UNCACHED_BYTES = 256 << 10
 
@@ -43,7 +45,7 @@ def explained(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        hint = HINTS.get(error.errno or 0, "")
         raise StorageError(f"`{path}`: cannot {what}: {error.strerror or error}{hint}") from None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from reshard.blocks import Firsts
 from reshard.dealing import Ranks
 from reshard.layout import Layout, StoredTensor
-from reshard.moves import Load, Move, wire_itemsize, written_by
+from reshard.moves import Load, Move, wire_bytes, written_by
 from reshard.plan import Plan
 from reshard.schedule import FIELDS, Pattern, Patterns
 
@@ -136,7 +136,7 @@ def _passed(move: Move) -> dict[tuple[int, int], int]:
         itemsize = min(move.reads[0][1].dtype.itemsize, move.pieces[0][1].dtype.itemsize)
         needed[writer] = sum(box.numel for box in written_by(writer, move.pieces)) * itemsize
     for message in move.messages:
-        nbytes = message.region.numel * wire_itemsize(message, move.pieces[0][1])
+        nbytes = wire_bytes(message, move.pieces[0][1])
         pair = message.reader, message.writer
         passed[pair] = passed.get(pair, 0) + nbytes
         needed[message.writer] -= nbytes

@@ -6,8 +6,7 @@ from typing import Protocol
 
 import torch
 
-from reshard.layout import StoredTensor
-from reshard.moves import Message, Move, wire_itemsize
+from reshard.moves import Message, Move, wire_dtype
 
 
 class Exchange(Protocol):
@@ -35,11 +34,6 @@ class Letter:
     base: int
 
 
-def wire_dtype(message: Message, target: StoredTensor) -> torch.dtype:
-    """The dtype in which a message travels: the narrower of the two."""
-    return min(message.stored.dtype, target.dtype, key=lambda dtype: dtype.itemsize)
-
-
 def line_up(
     moves: Sequence[Move], rank: int, world: int, unit: int, *, incoming: bool
 ) -> tuple[list[Letter], list[int]]:
@@ -54,7 +48,7 @@ def line_up(
             ends = (message.reader, message.writer)
             here, peer = ends[::-1] if incoming else ends
             if here == rank:
-                size = wire_itemsize(message, move.pieces[0][1])
+                size = wire_dtype(message, move.pieces[0][1]).itemsize
                 by_peer.setdefault(peer, []).append((size, place, message))
     letters, per_peer, position = [], [], 0
     for peer in range(world):

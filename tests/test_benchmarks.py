@@ -227,6 +227,14 @@ def test_too_little_disk_is_refused_before_anything_is_made(
     assert command.main([*where, "--only", "no such row"]) == 2
 
 
+def test_a_place_that_cannot_be_made_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert command.main(["--dir", str(tmp_path / "file" / "bench"), "--only", "dcp-merge"]) == 2
+    assert "choose a directory" in capsys.readouterr().err
+
+
 def test_the_machine_is_told() -> None:
     facts = machine.facts(Path.cwd())
     assert facts.keys() == FACTS.keys()

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "buffers": {"encodings", "geometry", "layout", "packing", "storage"},
     "casts": {"buffers", "encodings"},
     "checks": {"buffers", "geometry", "layout", "moves"},
-    "wire": {"layout", "moves"},
+    "wire": {"moves"},
     "earlier": {"buffers", "casts", "journal", "layout", "moves", "packing"},
     "room": {"buffers", "errors", "plan", "schedule"},
     "engine": {

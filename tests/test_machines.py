@@ -61,14 +61,15 @@ def test_names_of_mounts_are_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     mounts.write_bytes(b"1 1 0:1 / / rw - lustre a rw\n2 1 0:2 / /mnt/\xff rw - nfs b rw\n")
     monkeypatch.setattr(machines, "MOUNTS", mounts)
     ranks: Any = Two()
-    assert machines.writing_hosts(ranks, Path("/data"), "auto") == ()
-    assert machines.writing_hosts(ranks, Path("/mnt/\udcff/x"), "auto") == (0, 1)
+    assert machines.machines_apart(ranks, Path("/data"), "auto") == ()
+    assert machines.machines_apart(ranks, Path("/mnt/\udcff/x"), "auto") == (0, 1)
 
 
 def on_two_machines(root: Path, shared: str, mount: str, mode: str) -> dict[str, Any]:
     """Run a job on ranks of which each two believe in a machine of their own; what each wrote."""
     ranks = Ranks()
     written: set[str] = set()
+    said: list[str] = []
     plain = Files.write
 
     def noted(self: Files, file: str, *rest: Any) -> None:
@@ -84,12 +85,12 @@ def on_two_machines(root: Path, shared: str, mount: str, mode: str) -> dict[str,
             "meta2", "tp2", [*paths, f"engine.shared_files={shared}", *mode.split()], None
         )
         try:
-            report = job.run(made, ranks, force=False, say=lambda line: None)
+            report = job.run(made, ranks, force=False, say=said.append)
         except ConfigError as error:
             return {"refused": str(error)}
         finally:
             ranks.close()
-    return {"written": written, "bytes": report.record()["bytes"]}
+    return {"written": written, "bytes": report.record()["bytes"], "said": said}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,7 @@ def test_a_file_is_written_by_one_machine_where_caches_may_differ(
     assert first
     assert second
     assert (not first & second) == apart
+    assert any(line.startswith("engine.shared_files: ") for line in found[0]["said"]) == apart
     assert found[0]["bytes"]["exchanged"] == found[0]["bytes"]["exchanged_bound"]
     (plain,) = run_ranks(1, on_two_machines, tmp_path, "always", mount, "")
     assert plain["written"]

@@ -61,10 +61,10 @@ def plans(draw: st.DrawFn, *, mode: str | None = None, machines: bool = False) -
     local = {}
     if exchange == "collective" and draw(st.booleans()):
         local = draw(sights(source.files, world))
-    hosts: tuple[int, ...] = ()
+    apart: tuple[int, ...] = ()
     if machines and exchange == "collective" and draw(st.booleans()):
-        hosts = tuple(draw(st.integers(0, 2)) for _ in range(world))
-    plan = Plan(source, target, world, exchange, writers, local=local, hosts=hosts)
+        apart = tuple(draw(st.integers(0, 2)) for _ in range(world))
+    plan = Plan(source, target, world, exchange, writers, local=local, machines=apart)
     with small_blocks(draw(st.sampled_from((1, 32, 128)))):
         assert plan.block_bytes >= 1  # cached from here on
     return plan
@@ -655,7 +655,7 @@ def parameters_whose_readers_machines_differ() -> Plan:
         Layout("x", "torchzip", 2, tuple(source)),
         Layout("y", "safetensors", 1, tuple(target)),
     )
-    return Plan(*layouts, 8, hosts=(0, 1, 1, 0, 0, 0, 1, 1))
+    return Plan(*layouts, 8, machines=(0, 1, 1, 0, 0, 0, 1, 1))
 
 
 @settings(slow_inputs, max_examples=150)

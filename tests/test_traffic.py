@@ -114,17 +114,17 @@ def test_a_rank_goes_through_just_the_moves_that_concern_it(tries: Tries) -> Non
     check()
 
 
-def test_a_file_is_written_by_one_host_and_no_more_crosses_than_must(tries: Tries) -> None:
+def test_a_file_is_written_by_one_machine_and_no_more_crosses_than_must(tries: Tries) -> None:
     @tries(25)
     @given(ways(mode="collective"), st.integers(1, 4), st.booleans())
     def check(way: Way, count: int, by_turns: bool) -> None:
         ranks = range(way.world)
-        hosts = tuple(r % count if by_turns else r * count // way.world for r in ranks)
-        plan = way.plan(hosts=tuple(sorted(set(hosts)).index(host) for host in hosts))
+        machines = tuple(r % count if by_turns else r * count // way.world for r in ranks)
+        plan = way.plan(machines=tuple(sorted(set(machines)).index(one) for one in machines))
         found = counted(plan)
         check_bytes(plan, found)
         for file, nbytes in found.files.items():
-            assert len({hosts[rank] for rank in np.flatnonzero(nbytes)}) == 1, file
+            assert len({machines[rank] for rank in np.flatnonzero(nbytes)}) == 1, file
 
     check()
 
@@ -246,14 +246,14 @@ def test_direct_shares_of_a_real_model_are_even_up_to_a_block(
     check_even(plan, loads_by_rank(plan), 1)
 
 
-@pytest.mark.parametrize("hosts", [2, 8])
+@pytest.mark.parametrize("machines", [2, 8])
 @pytest.mark.parametrize(("model", "target", "writers"), ON_HOSTS)
 def test_hosts_write_alike_where_there_are_many_files(
-    model: str, target: str, writers: str, hosts: int
+    model: str, target: str, writers: str, machines: int
 ) -> None:
-    number = tuple(rank // 8 for rank in range(8 * hosts))
-    plan = real(model, "meta8", target, len(number), "collective", writers, hosts=number)
-    written = np.zeros(hosts)
+    number = tuple(rank // 8 for rank in range(8 * machines))
+    plan = real(model, "meta8", target, len(number), "collective", writers, machines=number)
+    written = np.zeros(machines)
     np.add.at(written, list(number), [load.written for load in loads_by_rank(plan)])
     assert written.max() <= 1.3 * written.mean(), written
 

@@ -255,7 +255,7 @@ class Ledger:
             found.files[tensor.file] += touched
             self._load("written", touched)
         self._cross()
-        if self.plan.writers == "nearest" and not self.plan.hosts:
+        if self.plan.writers == "nearest" and not self.plan.machines:
             self._check_nearest()
         return found
 

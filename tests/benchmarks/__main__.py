@@ -33,7 +33,11 @@ def main(argv: Sequence[str]) -> int:
     if not rows:
         tell(f"no row has any of {', '.join(options.only)} in its name; --list --all shows them")
         return 2
-    needed, free = place.needed_bytes(rows), place.free_bytes()
+    try:
+        needed, free = place.needed_bytes(rows), place.free_bytes()
+    except OSError as error:
+        tell(f"--dir: `{place.root}`: {error.strerror}; choose a directory that can be written")
+        return 2
     tell(f"{len(rows)} rows; {needed / 1e9:.0f} GB of disk needed, {free / 1e9:.0f} GB free")
     if needed > free:
         tell(f"too little disk in {place.root}: --dir names another, --only takes fewer rows")
