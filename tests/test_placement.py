@@ -2,6 +2,8 @@
 
 import math
 import pickle
+from itertools import combinations
+from operator import sub
 
 import pytest
 import torch
@@ -138,6 +140,29 @@ def test_regions_are_disjoint_boxes_of_all_that_a_shard_holds(placement):
         found = [n for region in own for n in parameter[index_of(region)].flatten().tolist()]
         assert sorted(found) == sorted(n for n in held.flatten().tolist() if n >= 0)
         assert len(own) <= (5 if placement.interleaved else 1)
+
+
+def lie(placement: Placement, rows: Region, first: int) -> list[tuple[int, Region]]:
+    """Where some rows lie: shards counted from the `first`, rows from their own first one."""
+    down = (rows.start[0], *(0 for _ in rows.start[1:]))
+    return [
+        (shard - first, Region(*(tuple(map(sub, end, down)) for end in (part.start, part.stop))))
+        for shard in range(placement.cut.parts)
+        for held in placement.regions(shard)
+        if (part := held & rows) is not None
+    ]
+
+
+@many
+@given(placed())
+def test_rows_of_one_phase_lie_alike(placement):
+    size, *tail = placement.shape
+    known: dict[object, list[tuple[int, Region]]] = {}
+    for start, stop in combinations(range(size + 1), 2):
+        rows = Region((start, *(0 for _ in tail)), (stop, *tail))
+        phase, first = placement.phase(rows)
+        found = lie(placement, rows, first)
+        assert known.setdefault((stop - start, phase), found) == found
 
 
 @many
