@@ -149,6 +149,7 @@ def form(
         shapes.append(shape)
         firsts.append(first)
         table.add(parts[shape], first)
+    numel, messages = _most(parts.values())
     return Form(
         _shards_in_turn(sides[0][0], bounds),
         tuple(shapes),
@@ -156,18 +157,19 @@ def form(
         tuple(table.seats),
         tuple(table.numbers),
         tuple(map(tuple, table.taken)),
-        *_most(parts.values()),
+        numel * max(slot.dtype.itemsize for side in sides for slot in side),
+        messages,
     )
 
 
 class _Part(NamedTuple):
-    """A part of a block: its shard, counted from the first one of its place, and its bytes."""
+    """A part of a block: its shard, counted from the first one of its place, and its size."""
 
     side: int
     place: int
     shard: int
     nbytes: int
-    room: int
+    numel: int
 
 
 def _parts(sides: Sequence[Sequence[Slot]], rows: Region, first: Firsts) -> Iterator[_Part]:
@@ -178,19 +180,19 @@ def _parts(sides: Sequence[Sequence[Slot]], rows: Region, first: Firsts) -> Iter
         for stored in stored_on(slots, rows):
             place = places[id(stored.slot)]
             shard = stored.shard - first[side][place]
-            yield _Part(side, place, shard, stored.nbytes, stored.room)
+            yield _Part(side, place, shard, stored.nbytes, stored.region.numel)
 
 
 def _most(blocks: Iterable[Sequence[_Part]]) -> tuple[int, int]:
-    """The most that a side of a block has in memory, in bytes, and the most messages it takes."""
-    bulk = parts = 0
+    """The most elements that a side of a block has, and the most messages that it takes."""
+    numel = parts = 0
     for block in blocks:
         read, written = ([part for part in block if part.side == side] for side in (0, 1))
-        bulk = max(bulk, *(sum(part.room for part in side) for side in (read, written)))
+        numel = max(numel, *(sum(part.numel for part in side) for side in (read, written)))
         # Pieces of one place are disjoint. One of another place may be wanted around all others.
         boxes = len(written) ** (2 if any(part.place for part in written) else 1)
         parts = max(parts, len(read) * boxes)
-    return bulk, parts
+    return numel, parts
 
 
 class _Seats:

@@ -1,7 +1,10 @@
 """Which ranks read what: mesh coordinates are dealt out, over all ranks or over some. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 
+from reshard.geometry import whole
 from reshard.layout import Layout, Slot
 
 Ranks = tuple[int, ...]
@@ -12,6 +15,20 @@ def deal(coordinates: int, world: int) -> tuple[Ranks, ...]:
     if coordinates >= world:
         return tuple((coordinate % world,) for coordinate in range(coordinates))
     return tuple(tuple(range(coordinate, world, coordinates)) for coordinate in range(coordinates))
+
+
+def deal_apart(coordinates: int, machines: Sequence[int]) -> tuple[Ranks, ...]:
+    """The same where machines keep apart what they write: neighbours go to one machine.
+
+    `machines` has the number of each rank's. Of two layouts that are cut alike a machine then has
+    the same part, and what it reads is what it writes.
+    """
+    world = len(machines)
+    ranks = sorted(range(world), key=lambda rank: machines[rank])
+    if coordinates >= world:
+        return tuple((ranks[place * world // coordinates],) for place in range(coordinates))
+    edges = [place * world // coordinates for place in range(coordinates + 1)]
+    return tuple(tuple(sorted(ranks[low:high])) for low, high in pairwise(edges))
 
 
 def local_readers(source: Layout, local: Mapping[str, Ranks]) -> Mapping[tuple[Ranks, int], Ranks]:
@@ -60,6 +77,10 @@ class Dealing:
         coordinate = slot.coordinate_of(shard)
         return coordinate if only is None else self._numbers[only, coordinate]
 
+    def ranks_of(self, slot: Slot, shard: int) -> Ranks:
+        """The ranks that a shard is dealt to."""
+        return self.groups[self.group(slot, shard)]
+
     def of(self, slots: Sequence[Slot]) -> tuple[int, tuple[Sequence[int], ...]]:
         """The groups of a parameter's shards by place, less the first one, which is given too."""
         first = self.group(slots[0], 0)
@@ -76,25 +97,68 @@ class Dealing:
 
 
 def writers_by_file(
-    target: Layout, owners: Sequence[Ranks], machines: Sequence[int]
+    sides: tuple[Layout, Layout], reading: Dealing, owners: Sequence[Ranks], machines: Sequence[int]
 ) -> Mapping[str, Ranks]:
-    """The ranks of the one machine that writes each file: of its owners' the one with fewest bytes.
+    """The ranks of the one machine that writes each target file.
 
-    Two machines that write one page of a file at a time may undo each other's bytes where the file
-    system does not keep their caches the same (NFS).
+    Of its owners' machines it is the one that reads most of what is in it, unless that has its
+    share already. Two that write one page of a file at a time may undo each other's bytes where the
+    file system does not keep their caches the same (NFS).
     """
     members: dict[int, list[int]] = {}
     for rank, machine in enumerate(machines):
         members.setdefault(machine, []).append(rank)
-    homes, sizes = _files(target)
-    written = dict.fromkeys(members, 0)
+    homes, sizes = _files(sides[1])
+    may = {file: {machines[rank] for rank in owners[home]} for file, home in homes.items()}
+    near = _near(sides, reading, machines, may)
+    written, share = dict.fromkeys(members, 0), sum(sizes.values()) // len(members)
     found = {}
     for file in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        machine = min(
-            {machines[rank] for rank in owners[homes[file]]}, key=lambda one: (written[one], one)
-        )
-        written[machine] += sizes[file]
-        found[file] = tuple(members[machine])
+        most = max(share, sizes[file] + min(written[machine] for machine in may[file]))
+        able = [machine for machine in may[file] if written[machine] + sizes[file] <= most]
+        chosen = max(able, key=lambda one: (near[file, one], -written[one], -one))
+        written[chosen] += sizes[file]
+        found[file] = tuple(members[chosen])
+    return found
+
+
+def _near(
+    sides: tuple[Layout, Layout],
+    reading: Dealing,
+    machines: Sequence[int],
+    may: Mapping[str, Collection[int]],
+) -> Counter[tuple[str, int]]:
+    """Roughly how much of a target file each machine reads that may write it.
+
+    As if of each parameter a file had as much of one source shard as of any other.
+    """
+    shares: dict[object, Counter[int]] = {}
+    undecided: dict[object, list[tuple[int, str]]] = {}
+    near: Counter[tuple[str, int]] = Counter()
+    for slot in sides[1].slots:
+        source = sides[0].places[slot.parameter][0]
+        key = _home(source), source.placement
+        if key not in shares:
+            shares[key] = _shares(source, reading, machines)
+        if _home(slot) not in undecided:
+            files = enumerate(map(slot.file_of, range(slot.placement.cut.parts)))
+            undecided[_home(slot)] = [(shard, file) for shard, file in files if len(may[file]) > 1]
+        for shard, file in undecided[_home(slot)]:
+            size = slot.placement.box(shard).numel * slot.dtype.itemsize
+            for machine in may[file]:
+                near[file, machine] += size * shares[key][machine]
+    return near
+
+
+def _shares(slot: Slot, reading: Dealing, machines: Sequence[int]) -> Counter[int]:
+    """Which part of a parameter each machine reads, in 65,536ths."""
+    found: Counter[int] = Counter()
+    cut, numel = slot.placement.cut, whole(slot.placement.shape).numel
+    for shard in range(0, cut.parts, cut.copies):
+        ranks = reading.ranks_of(slot, shard)
+        for rank in ranks:
+            part = slot.placement.box(shard).numel << 16
+            found[machines[rank]] += part // (len(ranks) * max(numel, 1))
     return found
 
 

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 
 from reshard.blocks import block_bytes, bounds_of, rows_of, volume
 from reshard.crews import Crews, teams_of
-from reshard.dealing import Dealing, Ranks, deal, rank_text, writers_by_file
+from reshard.dealing import Dealing, Ranks, deal, deal_apart, rank_text, writers_by_file
 from reshard.errors import ConfigError
 from reshard.layout import Layout, StoredTensor
 from reshard.moves import Block, Move, messages
@@ -65,10 +65,14 @@ class Plan:
                 "time, which its file system may not keep apart; use engine.exchange=collective, "
                 "or engine.shared_files=always if it does"
             )
-        object.__setattr__(
-            self, "readers", self.readers or deal(self.source.coordinates, self.world)
-        )
-        object.__setattr__(self, "owners", self.owners or deal(self.target.coordinates, self.world))
+        for name, layout in (("readers", self.source), ("owners", self.target)):
+            object.__setattr__(self, name, getattr(self, name) or self._sharing(layout))
+
+    def _sharing(self, layout: Layout) -> tuple[Ranks, ...]:
+        """The ranks of each mesh coordinate of a layout."""
+        if self.machines:
+            return deal_apart(layout.coordinates, self.machines)
+        return deal(layout.coordinates, self.world)
 
     # Block table: depends on the two layouts only.
 
@@ -140,7 +144,10 @@ class Plan:
     @cached_property
     def file_writers(self) -> Mapping[str, Ranks]:
         """The ranks of the one machine that writes a file, where that matters."""
-        return writers_by_file(self.target, self.owners, self.machines) if self.machines else {}
+        if not self.machines:
+            return {}
+        reading = Dealing(self.source, self.readers, self.local)
+        return writers_by_file((self.source, self.target), reading, self.owners, self.machines)
 
     @cached_property
     def crews(self) -> Crews:

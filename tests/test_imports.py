@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packing": {"geometry", "placement"},
     "moves": {"geometry", "layout"},
     "blocks": {"encodings", "geometry", "layout"},
-    "dealing": {"layout"},
+    "dealing": {"geometry", "layout"},
     "crews": {"blocks", "dealing", "layout"},
     "plan": {"blocks", "crews", "dealing", "errors", "layout", "moves"},
     "schedule": {"dealing", "moves", "plan"},
