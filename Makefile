@@ -29,7 +29,8 @@ help:
 	@echo 'make slurm-test  a real Slurm of two nodes runs the files of slurm/ (root, six minutes)'
 	@echo 'make llamacpp  llama.cpp reads our GGUF files: same ids, same text (built in 15 minutes)'
 	@echo 'make picture   the picture of a plan in docs/, as the README shows it (needs Chromium)'
-	@echo 'make bench   seconds beside a copy and beside other tools (40 minutes on 2 cores, 42 GB of disk)'
+	@echo 'make bench   seconds beside a copy and beside other tools (an hour on 2 cores, 42 GB of disk);'
+	@echo "             BENCH='--list' names its rows, BENCH='--only TEXT --pairs 1' runs some"
 	@echo 'make clean   delete the environment, caches, the demo and what bench/ holds beside results'
 	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS=$(PIP_FLAGS)'
 

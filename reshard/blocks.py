@@ -23,7 +23,7 @@ BLOCKS_AIMED_AT = 1024
 MANY_SHARDS = 256
 
 # The ranks that a shard's blocks are dealt out over: a number of theirs for each shard of a place.
-Groups = Sequence[int]
+GroupNumbers = Sequence[int]
 # The first shard of each place that a block may lie in, on both sides.
 Firsts = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -127,8 +127,10 @@ class Form:
     parts: int
 
 
-def form(
-    sides: Sequence[Sequence[Slot]], groups: Sequence[Sequence[Groups]], bounds: tuple[int, ...]
+def form_of(
+    sides: Sequence[Sequence[Slot]],
+    groups: Sequence[Sequence[GroupNumbers]],
+    bounds: tuple[int, ...],
 ) -> Form:
     """The form of a parameter: its places on both sides, and for each the groups of its shards.
 
@@ -198,7 +200,7 @@ def _most(blocks: Iterable[Sequence[_Part]]) -> tuple[int, int]:
 class _Seats:
     """The seats of block after block."""
 
-    def __init__(self, groups: Sequence[Sequence[Groups]]) -> None:
+    def __init__(self, groups: Sequence[Sequence[GroupNumbers]]) -> None:
         self._groups = groups
         self.seats: list[tuple[Seat, ...]] = []
         self.numbers: dict[tuple[int, int], int] = {}

@@ -13,6 +13,9 @@ from reshard.packing import Packed, carry, copies, packed, shift
 from reshard.storage import Files
 
 ALIGN = 64
+# Buffers of a rank. What needs no change is written from where it was read, while two more rounds
+# are read: so a third one to read. One more for each direction of exchange.
+READING, WRITING, CROSSING = 3, 2, 2
 Run = tuple[str, int, memoryview]
 
 

@@ -218,7 +218,10 @@ def _checked(schema: Schema) -> JobConfig:
             "use collective"
         )
     if not 0 < engine.timeout <= MAX_TIMEOUT:
-        raise ConfigError(f"engine.timeout: {engine.timeout:g} is not a time in seconds")
+        raise ConfigError(
+            f"engine.timeout: {engine.timeout:g} is not a time in seconds, "
+            f"above 0 and up to {MAX_TIMEOUT:,.0f}"
+        )
     source, target = _side(schema.src, "src"), _side(schema.dst, "dst")
     return JobConfig(
         source,

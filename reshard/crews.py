@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from reshard.blocks import Form, form, geometry
+from reshard.blocks import Form, form_of, geometry
 from reshard.dealing import Dealing, Ranks
 from reshard.layout import Layout
 
@@ -14,7 +14,7 @@ from reshard.layout import Layout
 # in turn gets of a parameter.
 _Turns = tuple[list[int], npt.NDArray[np.intp], npt.NDArray[np.int64]]
 
-# How finely ties are told apart: all small numbers of ranks that may tie divide it.
+# How finely ties are told apart: most small numbers of ranks that may tie divide it.
 TIES = 48
 
 
@@ -72,7 +72,7 @@ def teams_of(
         ]
         key = (*map(geometry, places), *(groups for _, groups in dealt))
         if key not in forms:
-            forms[key] = form(places, [groups for _, groups in dealt], bounds_of(name))
+            forms[key] = form_of(places, [groups for _, groups in dealt], bounds_of(name))
         homes = dealt[0][0], len(tables[0]) + dealt[1][0]
         if (key, homes) not in teams:
             numbers = [homes[side] + group for side, group in forms[key].groups]
@@ -179,6 +179,13 @@ class Crews:
         return lambda block: tuple(
             [ranks[group][turn % len(ranks[group])] for group, turn in seats[block]]
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables, which grow with parameters times ranks."""
+        turns = sum(table.nbytes for parts in self._turns.values() for _, table in parts)
+        before = sum(sum(table.nbytes for table in one.values()) for one in self._before.values())
+        return turns + before
 
     def tie(self, name: str, block: int) -> int:
         """What decides between ranks that could write a piece equally well, below `TIES`.

@@ -1,9 +1,10 @@
-"""Which ranks read what: mesh coordinates are dealt out, over all ranks or over some. Pure."""
+"""Which ranks read and write what: mesh coordinates are dealt out, over all or some. Pure."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
+from reshard.encodings import stored_bytes
 from reshard.geometry import whole
 from reshard.layout import Layout, Slot
 
@@ -144,9 +145,8 @@ def _near(
             files = enumerate(map(slot.file_of, range(slot.placement.cut.parts)))
             undecided[_home(slot)] = [(shard, file) for shard, file in files if len(may[file]) > 1]
         for shard, file in undecided[_home(slot)]:
-            size = slot.placement.box(shard).numel * slot.dtype.itemsize
             for machine in may[file]:
-                near[file, machine] += size * shares[key][machine]
+                near[file, machine] += _bytes_of(slot, shard) * shares[key][machine]
     return near
 
 
@@ -162,19 +162,24 @@ def _shares(slot: Slot, reading: Dealing, machines: Sequence[int]) -> Counter[in
     return found
 
 
+def _bytes_of(slot: Slot, shard: int) -> int:
+    """Bytes of a shard in its file."""
+    return stored_bytes(slot.placement.box(shard).shape, slot.dtype, slot.encoding)
+
+
 def _files(target: Layout) -> tuple[Mapping[str, int], Mapping[str, int]]:
     """The mesh coordinate of each file, and the bytes of its stored tensors."""
     homes: dict[str, int] = {}
     sizes: dict[str, int] = {}
     alike: dict[object, list[Slot]] = {}
     for slot in target.slots:
-        alike.setdefault((_home(slot), slot.placement, slot.dtype), []).append(slot)
+        kind = _home(slot), slot.placement, slot.dtype, slot.encoding
+        alike.setdefault(kind, []).append(slot)
     for slot, *others in alike.values():
-        size = slot.dtype.itemsize * (1 + len(others))
         for shard in range(slot.placement.cut.parts):
             file = slot.file_of(shard)
             homes.setdefault(file, slot.coordinate_of(shard))
-            sizes[file] = sizes.get(file, 0) + slot.placement.box(shard).numel * size
+            sizes[file] = sizes.get(file, 0) + _bytes_of(slot, shard) * (1 + len(others))
     return homes, sizes
 
 

@@ -15,6 +15,8 @@ from isal import isal_zlib
 
 from reshard.buffers import (
     ALIGN,
+    READING,
+    WRITING,
     Buffer,
     Part,
     Places,
@@ -31,7 +33,7 @@ from reshard.checks import Check, checks_of
 from reshard.earlier import Earlier
 from reshard.journal import Journal, Record, Table
 from reshard.layout import StoredTensor
-from reshard.moves import Move, wire_dtype
+from reshard.moves import Move
 from reshard.packing import carry, copies, plain
 from reshard.plan import Plan
 from reshard.schedule import Round, rounds
@@ -105,8 +107,8 @@ class Engine:
         self._exchange, self._journal, self._on_error = exchange, journal, on_error
         numbers = {file: number for number, file in enumerate(plan.target.files)}
         self._earlier = Earlier(done, self._target, numbers)
-        self._reading = [Buffer(capacity) for _ in range(3)]
-        self._writing = [Buffer(capacity) for _ in range(2)]
+        self._reading = [Buffer(capacity) for _ in range(READING)]
+        self._writing = [Buffer(capacity) for _ in range(WRITING)]
         crossing = exchange is not None
         self._sent = Buffer(capacity if crossing else 0, pinned=pinned)
         self._received = Buffer(capacity if crossing else 0, pinned=pinned)
@@ -129,8 +131,10 @@ class Engine:
             try:
                 while (current := loading.result()) is not None:
                     number += 1
-                    loading = self._begin(reader, self._load, planned, self._reading[number % 3])
-                    source, target = self._reading[(number - 1) % 3], self._writing[number % 2]
+                    room = self._reading[number % READING]
+                    loading = self._begin(reader, self._load, planned, room)
+                    source = self._reading[(number - 1) % READING]
+                    target = self._writing[number % WRITING]
                     self._assemble(current, source, target)
                     if written is not None:
                         progress(written.result())
@@ -217,7 +221,7 @@ class Engine:
         piece = place_part(stored, self._target, target)
         boxes = [(part.packed, part.stored.region, *part.within(source)) for part in own]
         for letter in letters:
-            region, dtype = letter.message.region, wire_dtype(letter.message, stored)
+            region, dtype = letter.message.region, letter.message.dtype
             first = letter.base // dtype.itemsize
             boxes.append((plain(region), region, self._received.view(dtype), first))
         for box in boxes:
@@ -232,8 +236,7 @@ class Engine:
         outgoing, sent_bytes = line_up(*ends, incoming=False)
         incoming, received_bytes = line_up(*ends, incoming=True)
         for letter in outgoing:
-            region = letter.message.region
-            dtype = wire_dtype(letter.message, current.moves[letter.place].pieces[0][1])
+            region, dtype = letter.message.region, letter.message.dtype
             there, first = self._sent.view(dtype), letter.base // dtype.itemsize
             for part in current.parts(letter.place, 0):
                 steps = copies(part.packed, plain(region), region)

@@ -20,12 +20,21 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A box that `reader` holds in `stored`, and `writer` needs."""
+    """A box that `reader` holds in `stored`, and `writer` needs.
+
+    It travels in `dtype`, the narrower one of both ends.
+    """
 
     reader: int
     writer: int
     region: Region
     stored: StoredTensor
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return self.region.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +74,13 @@ def messages(
     """What each writer needs of what other ranks read, each element once."""
     for writer in dict.fromkeys(rank for rank, _ in pieces):
         foreign = [(rank, stored) for rank, stored in reads if rank != writer and stored.copy == 0]
+        target = next(piece.dtype for rank, piece in pieces if rank == writer)
         for box in written_by(writer, pieces) if foreign else ():
             for reader, stored in foreign:
                 common = stored.region & box
                 if common is not None:
-                    yield Message(reader, writer, common, stored)
+                    narrower = min(stored.dtype, target, key=lambda dtype: dtype.itemsize)
+                    yield Message(reader, writer, common, stored, narrower)
 
 
 def written_by(writer: int, pieces: Sequence[tuple[int, StoredTensor]]) -> list[Region]:
@@ -77,16 +88,6 @@ def written_by(writer: int, pieces: Sequence[tuple[int, StoredTensor]]) -> list[
     own = [piece for rank, piece in pieces if rank == writer]
     further = [piece.region for piece in own if piece.copy]
     return disjoint(further, [piece.region for piece in own if not piece.copy])
-
-
-def wire_dtype(message: Message, target: StoredTensor) -> torch.dtype:
-    """The dtype in which a message travels: the narrower of the two."""
-    return min(message.stored.dtype, target.dtype, key=lambda dtype: dtype.itemsize)
-
-
-def wire_bytes(message: Message, target: StoredTensor) -> int:
-    """Bytes of a message on the wire."""
-    return message.region.numel * wire_dtype(message, target).itemsize
 
 
 def loads_of(move: Move, align: int | None = None) -> dict[int, Load]:
@@ -108,7 +109,7 @@ def loads_of(move: Move, align: int | None = None) -> dict[int, Load]:
     for rank, piece in move.pieces:
         loads.setdefault(rank, Load()).written += size(piece)
     for message in move.messages:
-        nbytes = up(wire_bytes(message, move.pieces[0][1]))
+        nbytes = up(message.nbytes)
         loads.setdefault(message.reader, Load()).sent += nbytes
         loads.setdefault(message.writer, Load()).received += nbytes
     return loads

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FILES_SHOWN = 16
 RANKS_SHOWN = 64
+UNEVEN = 1.2
 
 
 def memory_of(field: str) -> int:
@@ -98,8 +99,11 @@ class Report:
         if self.state == "done":
             return f"already done: {self.target} is the finished result of this very job"
         total, seconds = self.plan.target.total_bytes(), self.seconds["total"]
+        resumed = sum(figures.counters.resumed for figures in self.ranks)
+        before = f", {size_text(resumed)} of it done before" if resumed else ""
+        rate = size_text((total - resumed) / seconds)
         return (
-            f"done: {size_text(total)} in {seconds:.2f} s ({size_text(total / seconds)}/s), "
+            f"done: {size_text(total)} in {seconds:.2f} s ({rate}/s{before}), "
             f"{self.plan.source.name} -> {self.plan.target.name} in {self.target}"
             + (f" ({self.purpose})" if self.purpose else "")
         )
@@ -115,11 +119,11 @@ def plan_lines(
     plan: Plan,
     loads: Sequence[Load],
     memory: tuple[int, int],
-    bounds: Sequence[str] = (),
+    further: Sequence[str] = (),
 ) -> list[str]:
     """The plan as text: sizes, choices, the `loads` by rank, and what feeds every target file.
 
-    `memory` has the bytes of a rank, and the least that works; `bounds` are further lines.
+    `memory` has the bytes of a rank, and the least that works.
     """
     model, source, target = prepared.model, plan.source, plan.target
     source_bytes, target_bytes = (size_text(side.total_bytes()) for side in (source, target))
@@ -146,10 +150,24 @@ def plan_lines(
         f"bounds: read {source_bytes} (each byte once), crossing {size_text(everything.sent)}, "
         f"written {target_bytes}; balance read {read_balance:.3f}, write {write_balance:.3f}"
     )
-    lines += bounds
+    if max(read_balance, write_balance) > UNEVEN:
+        lines += _even_ways(plan)
+    lines += further
     if prepared.scan is not None:
         lines.append(prepared.readiness().line())
     return [*lines, "", *feeding_lines(plan)]
+
+
+def _even_ways(plan: Plan) -> list[str]:
+    """What would share out better than a plan that is uneven, if anything is known."""
+    parts = plan.source.coordinates
+    if plan.exchange == "direct" or max(parts, plan.world) % min(parts, plan.world) == 0:
+        return []
+    direct = "" if plan.local or plan.machines else "engine.exchange=direct, or "
+    return [
+        f"uneven: {parts} part{'s' if parts > 1 else ''} of the source on {plan.world} ranks; "
+        f"{direct}a number of ranks that divides {parts} or is a multiple of it shares out better"
+    ]
 
 
 def _load_lines(loads: Sequence[Load]) -> list[str]:

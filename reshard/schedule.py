@@ -4,12 +4,13 @@ What a block puts on its crew is the same for all blocks of one shape whose crew
 ranks in common: such a pattern is found once, by expanding one of them.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from reshard.dealing import Ranks
-from reshard.moves import Move, loads_of
+from reshard.moves import Block, Move, loads_of
 from reshard.plan import Plan
 
 FIELDS = ("read", "sent", "received", "written")
@@ -32,14 +33,17 @@ class Pattern:
     """What blocks put on their crews.
 
     `loads` are (seat, place in FIELDS, bytes), each seat the first one of its rank, and `largest`
-    is the most bytes among them; `nbytes` are those of a block. `move` is one of the blocks, and
-    `crew` its ranks.
+    is the most bytes among them; `crossing` are the bytes that pass from one seat to another, and
+    `nbytes` those of a block. `ties` are as a move has them. `example` is one of the blocks, and
+    `crew` its ranks. A plan may have thousands of patterns: they hold no moves.
     """
 
     loads: tuple[tuple[int, int, int], ...]
+    crossing: tuple[tuple[int, int, int], ...]
     nbytes: int
     largest: int
-    move: Move
+    ties: int
+    example: Block
     crew: Ranks
 
 
@@ -82,11 +86,24 @@ class Patterns:
             for place, field in enumerate(FIELDS)
             if getattr(load, field)
         )
-        itemsize = move.pieces[0][1].dtype.itemsize
-        largest = max(nbytes for *_, nbytes in loads)
-        pattern = Pattern(loads, move.block.region.numel * itemsize, largest, move, crew)
+        crossing = Counter[tuple[int, int]]()
+        for message in move.messages:
+            crossing[crew.index(message.reader), crew.index(message.writer)] += message.nbytes
+        pattern = Pattern(
+            loads,
+            tuple((*seats, nbytes) for seats, nbytes in crossing.items()),
+            move.block.region.numel * move.pieces[0][1].dtype.itemsize,
+            max(nbytes for *_, nbytes in loads),
+            move.ties,
+            move.block,
+            crew,
+        )
         self._known[kind, tie] = pattern
         return pattern
+
+    def of(self, name: str) -> Iterator[tuple[int, Ranks, Pattern]]:
+        """For all blocks of a parameter, in row order: the block, its crew, and its pattern."""
+        return self.along(name, range(self._plan.blocks_in(name)))
 
 
 def moved(plan: Plan, rank: int) -> Iterator[tuple[str, Sequence[int]]]:
@@ -130,7 +147,7 @@ def rounds(plan: Plan, rank: int, capacity: int, align: int) -> Iterator[Round]:
             for place, size in places:
                 loads[place] += size
             nbytes += pattern.nbytes
-            crossing = crossing or bool(pattern.move.messages)
+            crossing = crossing or bool(pattern.crossing)
             # Who might have kept a piece has a seat, and may have nothing to do.
             if rank in crew and any(crew[seat] == rank for seat, *_ in pattern.loads):
                 own.append(plan.move(plan.block(name, block)))
@@ -152,8 +169,8 @@ def least_capacity(plan: Plan, align: int) -> int:
         team = plan.crews.teams[name]
         if team in settled:
             continue
-        found = {pattern for *_, pattern in patterns.along(name, range(plan.blocks_in(name)))}
+        found = {pattern for *_, pattern in patterns.of(name)}
         least = max([least, *(pattern.largest for pattern in found)])
-        if team.fixed and not plan.machines and all(pattern.move.ties == 1 for pattern in found):
+        if team.fixed and not plan.machines and all(pattern.ties == 1 for pattern in found):
             settled.add(team)
     return least

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from reshard.blocks import Firsts
 from reshard.dealing import Ranks
 from reshard.layout import Layout, StoredTensor
-from reshard.moves import Load, Move, wire_bytes, written_by
+from reshard.moves import Load, Move, written_by
 from reshard.plan import Plan
 from reshard.schedule import FIELDS, Pattern, Patterns
 
@@ -53,7 +53,7 @@ def loads_by_rank(plan: Plan) -> tuple[Load, ...]:
     totals = [[0] * plan.world for _ in FIELDS]
     patterns = Patterns(plan)
     for name in plan.names:
-        for _, crew, pattern in patterns.along(name, range(plan.blocks_in(name))):
+        for _, crew, pattern in patterns.of(name):
             for seat, place, nbytes in pattern.loads:
                 totals[place][crew[seat]] += nbytes
     return tuple(itertools.starmap(Load, zip(*totals, strict=True)))
@@ -66,17 +66,14 @@ def flows(plan: Plan) -> Iterator[tuple[Flow, tuple[str, ...]]]:
     for name in plan.names:
         firsts = plan.crews.teams[name].form.firsts
         counts: Counter[tuple[Pattern, Ranks, Firsts]] = Counter(
-            (pattern, crew, firsts[block])
-            for block, crew, pattern in patterns.along(name, range(plan.blocks_in(name)))
+            (pattern, crew, firsts[block]) for block, crew, pattern in patterns.of(name)
         )
         key = frozenset(counts.items())
         if key not in alike:
             alike[key] = Flow(), []
             for (pattern, crew, first), count in counts.items():
                 if pattern not in shares:
-                    block = pattern.move.block
-                    rep = plan.crews.teams[block.parameter].form.firsts[block.index]
-                    shares[pattern] = _shares_of(plan, pattern, rep)
+                    shares[pattern] = _shares_of(plan, pattern)
                 _add(alike[key][0], (pattern, shares[pattern]), crew, first, count)
         alike[key][1].append(name)
     yield from ((flow, tuple(names)) for flow, names in alike.values())
@@ -102,9 +99,10 @@ def _add(
             ranks[crew[seat]] = ranks.get(crew[seat], 0) + nbytes * count
 
 
-def _shares_of(plan: Plan, pattern: Pattern, first: Firsts) -> _Shares:
-    """What one block brings about, given the first shards of its places."""
-    move, seat = pattern.move, pattern.crew.index
+def _shares_of(plan: Plan, pattern: Pattern) -> _Shares:
+    """What a block of a pattern brings about."""
+    block, seat = pattern.example, pattern.crew.index
+    move, first = plan.move(block), plan.crews.teams[block.parameter].form.firsts[block.index]
     return _Shares(
         tuple((seat(reader), seat(writer), n) for (reader, writer), n in _passed(move).items()),
         *(
@@ -136,9 +134,8 @@ def _passed(move: Move) -> dict[tuple[int, int], int]:
         itemsize = min(move.reads[0][1].dtype.itemsize, move.pieces[0][1].dtype.itemsize)
         needed[writer] = sum(box.numel for box in written_by(writer, move.pieces)) * itemsize
     for message in move.messages:
-        nbytes = wire_bytes(message, move.pieces[0][1])
         pair = message.reader, message.writer
-        passed[pair] = passed.get(pair, 0) + nbytes
-        needed[message.writer] -= nbytes
+        passed[pair] = passed.get(pair, 0) + message.nbytes
+        needed[message.writer] -= message.nbytes
     passed |= {(writer, writer): nbytes for writer, nbytes in needed.items() if nbytes}
     return passed

@@ -13,7 +13,7 @@ from reshard import inspect as inspection
 from reshard import job, loading, report
 from reshard import serve as service
 from reshard import verify as verification
-from reshard.bounds import Machines, bound_line
+from reshard.bounds import Nodes, bound_line
 from reshard.buffers import ALIGN
 from reshard.compare import against_other
 from reshard.config import JobConfig
@@ -24,6 +24,7 @@ from reshard.formats.common import MANIFEST
 from reshard.meeting import launched_rank
 from reshard.orders import Request
 from reshard.pictures import Memory, figures_of, page
+from reshard.plan import Plan
 from reshard.prepare import prepare
 from reshard.room import least_memory, planned_memory
 from reshard.schedule import least_capacity
@@ -73,7 +74,7 @@ def run(command: Command) -> int:
     figures = job.run(config, met, force=flags.force, say=command.tell)
     if met.rank == 0:
         texts = {"report": figures.to_json, "html": lambda: _picture(command, config, figures)}
-        _write(files, texts)
+        _write(files, texts, f"report on `{figures.target}`, which is complete")
     if figures.state != "done":
         command.tell(figures.readiness.line())
     command.tell(figures.last_line())
@@ -93,10 +94,12 @@ def _check_writable(files: Mapping[str, Path]) -> None:
             raise ConfigError(f"--{flag}: `{file}` cannot be written: permission denied")
 
 
-def _write(files: Mapping[str, Path], texts: Mapping[str, Callable[[], str]]) -> None:
-    """Write what the flags asked for."""
+def _write(
+    files: Mapping[str, Path], texts: Mapping[str, Callable[[], str]], what: str = "write"
+) -> None:
+    """Write what the flags asked for; `what` is said where that fails."""
     for flag, file in files.items():
-        with explained("write", file):
+        with explained(what, file):
             file.write_text(texts[flag](), encoding="utf-8")
 
 
@@ -118,14 +121,15 @@ def plan(command: Command) -> int:
         raise ConfigError(f"--world: {world} is not a number of ranks from 1 to {MOST_RANKS:,}")
     files = {"html": Path(name)} if (name := command.flags.html) else {}
     _check_writable(files)
-    machines = _machines(command.flags)
+    nodes = _nodes(command.flags)
     prepared, limit = prepare(config), config.engine.memory
-    planned = prepared.plan(world, _hosts(command.flags, config, world))
+    planned = prepared.plan(world, _apart(command.flags, config, world))
     least = least_memory(planned, least_capacity(planned, ALIGN))
     shown = figures_of(planned) if files else None
     loads = loads_by_rank(planned) if shown is None else shown.loads
-    bounds = [bound_line(planned, loads, machines)] if machines is not None else []
-    command.say(report.plan_lines(prepared, planned, loads, (limit, least), bounds))
+    further = [bound_line(planned, loads, nodes)] if nodes is not None else []
+    further += _advice(command.flags, config, planned, least)
+    command.say(report.plan_lines(prepared, planned, loads, (limit, least), further))
     if shown is not None:
         memory = Memory(limit, least, planned_memory(limit, planned) if limit >= least else 0)
         model, notes = prepared.model.describe(), prepared.notes
@@ -134,20 +138,34 @@ def plan(command: Command) -> int:
     return 0
 
 
-def _machines(flags: argparse.Namespace) -> Machines | None:
+def _nodes(flags: argparse.Namespace) -> Nodes | None:
     """What the flags say of disks and networks, if anything."""
     if flags.per_node is not None and flags.per_node < 1:
         raise ConfigError(f"--per-node: {flags.per_node} is not a number of ranks")
     if flags.disk is None and flags.net is None:
         return None
-    return Machines(flags.per_node or RANKS_PER_NODE, flags.disk, flags.net)
+    return Nodes(flags.per_node or RANKS_PER_NODE, flags.disk, flags.net)
 
 
-def _hosts(flags: argparse.Namespace, config: JobConfig, world: int) -> tuple[int, ...]:
+def _apart(flags: argparse.Namespace, config: JobConfig, world: int) -> tuple[int, ...]:
     """The machine of each rank where no two of them may write one file."""
     ranks = flags.per_node or RANKS_PER_NODE
     apart = config.engine.shared_files == "never" and world > ranks
     return tuple(rank // ranks for rank in range(world)) if apart else ()
+
+
+def _advice(flags: argparse.Namespace, config: JobConfig, planned: Plan, least: int) -> list[str]:
+    """What the user of a plan has to know, or can do better."""
+    engine, ranks = config.engine, flags.per_node or RANKS_PER_NODE
+    lines = []
+    if engine.memory < least:
+        lines.append(f"too little memory: `run` refuses it; use engine.memory={least >> 20}MiB")
+    if planned.world > ranks and engine.shared_files == "auto":
+        lines.append(
+            f"nodes of {ranks} ranks may write one file here, which not every file system allows "
+            "(NFS); engine.shared_files=never shows the plan where it does not"
+        )
+    return lines
 
 
 def inspect(command: Command) -> int:

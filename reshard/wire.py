@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from reshard.moves import Message, Move, wire_dtype
+from reshard.moves import Message, Move
 
 
 class Exchange(Protocol):
@@ -42,20 +42,20 @@ def line_up(
     Both ends walk the same moves, so both find the same order. Where dtypes are mixed, wide
     elements come first and a peer's bytes are rounded up, so that every message is aligned.
     """
-    by_peer: dict[int, list[tuple[int, int, Message]]] = {}
+    by_peer: dict[int, list[tuple[int, Message]]] = {}
     for place, move in enumerate(moves):
         for message in move.messages:
             ends = (message.reader, message.writer)
             here, peer = ends[::-1] if incoming else ends
             if here == rank:
-                size = wire_dtype(message, move.pieces[0][1]).itemsize
-                by_peer.setdefault(peer, []).append((size, place, message))
+                by_peer.setdefault(peer, []).append((place, message))
     letters, per_peer, position = [], [], 0
     for peer in range(world):
         start = position
-        for size, place, message in sorted(by_peer.get(peer, ()), key=lambda item: -item[0]):
+        widest_first = sorted(by_peer.get(peer, ()), key=lambda item: -item[1].dtype.itemsize)
+        for place, message in widest_first:
             letters.append(Letter(place, message, position))
-            position += size * message.region.numel
+            position += message.nbytes
         position = start + -(-(position - start) // unit) * unit
         per_peer.append(position - start)
     return letters, per_peer

@@ -255,6 +255,27 @@ def test_a_plan_says_what_each_rank_does_and_what_feeds_each_file() -> None:
     )
 
 
+HINTS = ("uneven: ", "too little memory: ", "nodes of ")
+
+
+@pytest.mark.parametrize(
+    ("world", "more", "hints"),
+    [
+        (7, (), {"uneven: "}),
+        (4, (), set()),
+        (7, ("engine.exchange=direct",), set()),
+        (2, ("engine.memory=13MiB",), {"too little memory: "}),
+        (16, (), {"nodes of "}),
+        (16, ("engine.shared_files=never",), set()),
+        (16, ("engine.shared_files=always",), set()),
+    ],
+)
+def test_a_plan_says_what_could_be_better(world: int, more: tuple[str, ...], hints: set[str]):
+    words = ("plan", "--src", "meta8", "--dst", "hf", "src.model=llama3.2-1b", *more)
+    found = done(*words, "--world", world).out
+    assert {hint for hint in HINTS if f"\n{hint}" in found} == hints
+
+
 def test_a_plan_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write("meta8", tmp_path / "src")
     monkeypatch.chdir(tmp_path)
@@ -514,7 +535,7 @@ def test_a_report_that_fails_in_the_end_is_named(tmp_path: Path) -> None:
     source = write("meta8", tmp_path / "src")
     found = call(*move("meta8", source, "tp4", tmp_path / "dst"), "--report", "/dev/full")
     assert found.code == 1
-    assert re.search(r"`/dev/full`: cannot write: No space left", one_line(found.err))
+    assert re.search(r"`/dev/full`: cannot report on .*dst`, which is comp", one_line(found.err))
     done("verify", tmp_path / "dst")
 
 

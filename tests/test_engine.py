@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import stat
+import time
 import tracemalloc
 from collections.abc import Iterator
 from itertools import pairwise
@@ -61,6 +62,36 @@ def test_no_byte_is_copied_in_memory_without_need(sources: dict[str, Path], tmp_
         total = sum(own.copied for own in found)
         assert (total > 0) == (most > 0)
         assert total < 0.6 * sum(own.written for own in found) or mode == OWNER
+
+
+def written_slowly(jobs: list[Ready]) -> None:
+    """Do jobs whose writing takes longer than all the rest."""
+    ranks, really = Ranks(), storage.Files.write
+
+    def slow(files: storage.Files, *args: Any) -> None:
+        time.sleep(0.02)
+        really(files, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage.Files, "write", slow)
+        for item in jobs:
+            job.run(item.config(ranks.world), ranks, force=False, say=lambda line: None)
+    ranks.close()
+
+
+def test_what_is_written_from_where_it_was_read_is_not_read_over(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    options = (DIRECT, "engine.memory=20MiB")
+    jobs = [Job(sources["hf"], tmp_path / end, end, options).ready() for end in ("fsdp2", "tp2")]
+    run_ranks(1, written_slowly, jobs)
+    for end in ("fsdp2", "tp2"):
+        done(*move("hf", sources["hf"], end, tmp_path / f"plain-{end}"))
+        files = [path for path in (tmp_path / f"plain-{end}").rglob("*") if path.is_file()]
+        assert len(files) > 2
+        for path in files:
+            other = tmp_path / end / path.relative_to(tmp_path / f"plain-{end}")
+            assert other.read_bytes() == path.read_bytes(), path
 
 
 def test_files_are_read_and_written_in_large_calls(

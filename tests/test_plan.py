@@ -5,10 +5,11 @@ import contextlib
 import hashlib
 import re
 import tracemalloc
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from pathlib import Path
 from unittest import mock
 
@@ -20,13 +21,16 @@ from hypothesis import strategies as st
 
 import reshard
 from reshard import blocks
+from reshard.buffers import READING
 from reshard.dealing import deal, files_of
+from reshard.encodings import ENCODINGS
 from reshard.errors import ConfigError
 from reshard.geometry import Region, whole
 from reshard.layout import Layout, Slot
 from reshard.moves import Load, Move, loads_of
 from reshard.placement import Boxes, Cut, Placement, uncut
 from reshard.plan import Plan
+from reshard.room import reserved_bytes
 from reshard.schedule import ample_capacity, least_capacity, moves, rounds
 from reshard.topologies import read_model
 from reshard.traffic import loads_by_rank
@@ -544,7 +548,7 @@ def block_bytes_of(move: Move) -> int:
 
 @slow_inputs
 @given(plans(mode="direct"))
-def test_direct_shares_are_even_up_to_a_block(plan):
+def test_direct_shares_of_each_ratio_are_even_up_to_a_block(plan):
     """For each ratio of what is written to what is read: of these, ranks have even shares."""
     loads = counted(all_moves(plan), 1)
     shares = [loads.get(rank, Load()) for rank in range(plan.world)]
@@ -604,9 +608,24 @@ def parameters_alike_but_for_the_coordinates_of_their_shards() -> Plan:
     )
 
 
+def parameters_whose_readers_machines_differ() -> Plan:
+    """Of one block each; whether a reader may write what it has depends on whose turn it is."""
+    halves = Placement((2, 8), Cut(1, 8, 4, 2))
+    source = [Slot(f"p{n}", halves, f"s{n}-{{shard}}", "k", torch.bfloat16) for n in range(8)]
+    target = [
+        Slot(f"p{n}", Placement((2, 8), uncut(2)), f"t{n}", "k", torch.float32) for n in range(8)
+    ]
+    layouts = (
+        Layout("x", "torchzip", 2, tuple(source)),
+        Layout("y", "safetensors", 1, tuple(target)),
+    )
+    return Plan(*layouts, 8, machines=(0, 1, 1, 0, 0, 0, 1, 1))
+
+
 @settings(slow_inputs, max_examples=150)
 @given(plans(machines=True))
 @example(parameters_alike_but_for_the_coordinates_of_their_shards())
+@example(parameters_whose_readers_machines_differ())
 def test_totals_are_the_sum_over_all_moves(plan):
     expected = {rank: Load() for rank in range(plan.world)} | counted(all_moves(plan), 1)
     assert dict(enumerate(loads_by_rank(plan))) == expected
@@ -644,28 +663,42 @@ def alike_parameters_at_different_ordinals() -> Plan:
     )
 
 
-def parameters_whose_readers_machines_differ() -> Plan:
-    """Of one block each; whether a reader may write its half depends on whose turn it is."""
-    halves = Placement((2, 8), Cut(1, 8, 4, 2))
-    source = [Slot(f"p{n}", halves, f"s{n}-{{shard}}", "k", torch.bfloat16) for n in range(8)]
+def boxes_around_others() -> Plan:
+    """A box that is wanted around all others, which cut it into many messages."""
+    shape = (9, 8, 8)
+    source = [Slot("p", Placement(shape, Cut(1, 8, 1, 8)), "s-{shard}", "k", torch.bfloat16)]
+    places = product(range(0, 8, 2), repeat=2)
+    tiles = Boxes(tuple(Region((0, y, x), (9, y + 2, x + 2)) for y, x in places))
     target = [
-        Slot(f"p{n}", Placement((2, 8), uncut(2)), f"t{n}", "k", torch.float32) for n in range(8)
+        Slot("p", Placement(shape, tiles), "t-{shard}", "k", torch.bfloat16),
+        Slot("p", Placement(shape, Cut(2, 8, 3, 3)), "u-{shard}", "k", torch.bfloat16),
     ]
-    layouts = (
-        Layout("x", "torchzip", 2, tuple(source)),
-        Layout("y", "safetensors", 1, tuple(target)),
+    return Plan(
+        Layout("x", "torchzip", 8, tuple(source)),
+        Layout("y", "safetensors", 16, tuple(target)),
+        8,
+        "collective",
+        "owner",
     )
-    return Plan(*layouts, 8, machines=(0, 1, 1, 0, 0, 0, 1, 1))
 
 
 @settings(slow_inputs, max_examples=150)
-@given(plans(machines=True), st.sampled_from((1, 64)))
+@given(plans(machines=True), st.sampled_from((1, 64, 4096)))
 @example(alike_parameters_at_different_ordinals(), 1)
-@example(parameters_whose_readers_machines_differ(), 1)
+@example(boxes_around_others(), 4096)
 def test_the_least_capacity_is_the_largest_load_of_a_block(plan, align):
     expected = max(largest(counted([move], align)) for move in all_moves(plan))
     assert least_capacity(plan, align) == expected
     assert ample_capacity(plan, align) >= expected
+
+
+def test_room_is_for_the_values_of_coded_tensors():
+    source = [Slot("p", Placement((64, 32), uncut(64)), "s", "k", torch.bfloat16)]
+    coded = replace(source[0], file="t", dtype=torch.float32, encoding=ENCODINGS["q8_0"])
+    sides = Layout("x", "safetensors", 1, tuple(source)), Layout("y", "gguf", 1, (coded,))
+    with small_blocks(1 << 20):
+        plan = Plan(*sides, 1)
+        assert ample_capacity(plan, 64) >= least_capacity(plan, 64) == 64 * 32 * 4
 
 
 def test_digests_differ_where_a_run_differs_and_nowhere_else():
@@ -726,12 +759,38 @@ def test_planning_405b_takes_little_memory(target, mesh, exchange):
     assert peak < 100 << 20
 
 
+@pytest.mark.parametrize(
+    ("model", "source", "target", "world"),
+    [
+        ("llama3.1-405b", ("meta", {"tp": 16}), ("nanotron", {"tp": 8, "pp": 16}), 4096),
+        ("llama3.3-70b", ("meta", {"tp": 8}), ("fsdp", {"dp": 4096}), 8),
+    ],
+)
+def test_a_plan_keeps_to_what_is_reserved_for_it(model, source, target, world):
+    """A tenth of the least usual engine.memory may come on top."""
+    described = read_model(model)
+    tracemalloc.start()
+    try:
+        sides = (layout_of(described, kind, **mesh) for kind, mesh in (source, target))
+        plan = Plan(*sides, world)
+        held = deque(islice(rounds(plan, 0, 8 << 20, 64), 60), READING)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(held) == READING
+    assert peak < reserved_bytes(plan) + (64 << 20) // 10
+    assert reserved_bytes(plan) < 32 << 20
+
+
 # The plan and what runs it know no format and no model.
 
+CORE = [
+    *("plan", "moves", "blocks", "crews", "dealing", "schedule", "traffic", "bounds", "room"),
+    *("engine", "earlier", "wire", "carrier", "packing", "buffers", "journal", "storage", "errors"),
+]
 
-@pytest.mark.parametrize(
-    "module", ["plan", "moves", "engine", "packing", "buffers", "journal", "storage", "errors"]
-)
+
+@pytest.mark.parametrize("module", CORE)
 def test_no_word_of_a_format_or_a_model_is_in_the_core(module):
     text = Path(reshard.__file__).with_name(f"{module}.py").read_text()
     words = r"nanotron|\bmeta\b|meta\d|llama|qwen|\brope|qkv"

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reshard.bounds import loads_by_node
 from reshard.layout import Layout
 from reshard.moves import Load, loads_of
 from reshard.plan import Plan
@@ -195,6 +196,7 @@ SIDES: dict[str, tuple[str, dict[str, int]]] = {
     "meta16": ("meta", {"tp": 16}),
     "tp4": ("nanotron", {"tp": 4}),
     "tp8": ("nanotron", {"tp": 8}),
+    "tp8pp2": ("nanotron", {"tp": 8, "pp": 2}),
     "hf": ("hf", {"max_shard_bytes": 1 << 30}),
     "fsdp8": ("fsdp", {"dp": 8}),
     "fsdp64": ("fsdp", {"dp": 64}),
@@ -214,7 +216,7 @@ IN_DIRECT_MODE = [
     (EIGHT, "meta8", "hf", 24),
     (SEVENTY, "meta8", "fsdp64", 1024),
 ]
-ON_HOSTS = [
+ON_MACHINES = [
     (EIGHT, "tp8", "nearest"),
     (EIGHT, "tp8", "owner"),
     (SEVENTY, "hf", "nearest"),
@@ -246,9 +248,22 @@ def test_direct_shares_of_a_real_model_are_even_up_to_a_block(
     check_even(plan, loads_by_rank(plan), 1)
 
 
+@pytest.mark.parametrize(("source", "target", "most"), [("meta8", "tp4", 0), ("tp8pp2", "hf", 0.1)])
+def test_little_crosses_between_machines_that_keep_apart(
+    source: str, target: str, most: float
+) -> None:
+    """Nothing between layouts that are cut alike; of a stage, what goes into a file with others."""
+    number = tuple(rank // 8 for rank in range(16))
+    plan = real(SEVENTY, source, target, 16, "collective", "nearest", machines=number)
+    machines = loads_by_node(plan, loads_by_rank(plan), 8)
+    written = [machine.written for machine in machines]
+    assert sum(machine.sent for machine in machines) <= most * sum(written)
+    assert max(written) <= 1.1 * sum(written) / len(written)
+
+
 @pytest.mark.parametrize("machines", [2, 8])
-@pytest.mark.parametrize(("model", "target", "writers"), ON_HOSTS)
-def test_hosts_write_alike_where_there_are_many_files(
+@pytest.mark.parametrize(("model", "target", "writers"), ON_MACHINES)
+def test_machines_write_alike_where_there_are_many_files(
     model: str, target: str, writers: str, machines: int
 ) -> None:
     number = tuple(rank // 8 for rank in range(8 * machines))

@@ -73,9 +73,12 @@ def measured(job: Sequence[str], world: int, times: int) -> dict[str, float]:
 def main(argv: Sequence[str]) -> int:
     """Print a table of all plans, or the figures of one."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.planning")
-    parser.add_argument("--times", type=int, default=3, help="how often each is planned (3)")
-    parser.add_argument("--one", nargs=4, metavar=("MODEL", "SRC", "DST", "WORLD"))
+    times = "how often each is planned (1; about 4 minutes for each time)"
+    parser.add_argument("--times", type=int, default=1, metavar="N", help=times)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.times < 1:
+        parser.error(f"--times: {options.times} is not a number of times")
     if options.one:
         print(json.dumps(planned(*options.one[:3], int(options.one[3]))))
         return 0

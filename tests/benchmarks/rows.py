@@ -6,7 +6,7 @@ from itertools import product
 
 LAUNCH = ("{python}", "{root}/launch/torchrun", "--nproc")
 PEER = "tests.benchmarks.peers."
-USUAL, FEW = 5, 3  # pairs; few where no bound is near
+USUAL, FEW = 5, 3  # pairs; few where there is no bound
 COPIED = 'cp -r "$1" "$2" && sync'
 
 
@@ -119,7 +119,7 @@ def _routes() -> list[Row]:
             usual = world == 2 or mode != "owner" or target == "tp4"
             if cold:
                 usual = source == "meta8" and world == 2 and mode == "collective"
-            rows.append(replace(row, usual=usual, pairs=FEW if cold or mode == "owner" else USUAL))
+            rows.append(replace(row, usual=usual, pairs=FEW if cold else USUAL))
     return rows
 
 
@@ -136,7 +136,7 @@ def _flip(world: int, mode: str) -> Row:
     peer = _on_ranks("dcp.load + dcp.save", "dcp_reshard", world, ("load", "save"))
     own = ours("flipped8", f"fsdp{world}", world, *MODES[mode])
     bounds = (Bound("faster", 3.0),)
-    return Row(f"dcp-flip-{world}-{mode}", "1b", "flipped8", (COPY, peer, own), bounds, pairs=FEW)
+    return Row(f"dcp-flip-{world}-{mode}", "1b", "flipped8", (COPY, peer, own), bounds)
 
 
 def _merge() -> Row:
@@ -157,8 +157,8 @@ def _consolidation(world: int, usual: bool) -> Row:
 def all_rows() -> list[Row]:
     """Every row that there is, in the order of running."""
     flips = [_flip(world, mode) for world in WORLDS for mode in ("direct", "collective")]
-    peers = [_converter("1b", FEW), *flips, _merge()]
-    peers += [_consolidation(2, True), _consolidation(8, False), _converter("3b", FEW - 1)]
+    peers = [_converter("1b", USUAL), *flips, _merge()]
+    peers += [_consolidation(2, True), _consolidation(8, False), _converter("3b", FEW)]
     return _routes() + peers
 
 
