@@ -5,9 +5,9 @@ order in which they are called, until `synchronise` has waited for them. On the 
 exchanged where they lie, and nothing is copied. CUDA was never run here.
 
 What CUDA takes: two buffers on the device, each as large as the host buffer that messages lie in
-(2 x 16 MiB as a rule), made before the first exchange and kept; besides, what its
-context and NCCL's channels take. Host buffers are pinned by who makes them; torch rounds each up to
-a power of two (ATen/core/CachingHostAllocator.h).
+(2 x 16 MiB as a rule), made before the first exchange and kept; besides, what its context and
+NCCL's channels take. Host buffers are pinned by who makes them; torch rounds each up to a power of
+two (ATen/core/CachingHostAllocator.h).
 """
 
 from collections.abc import Sequence

@@ -28,8 +28,10 @@ STEP_BYTES = 4 << 20
 SYNCS = 16
 # Linux 6.14, include/uapi/linux/fs.h: write through the cache, and keep nothing in it.
 RWF_DONTCACHE = 0x80
-HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space")
-HINTS[errno.EROFS] = "; choose a directory that can be written"
+HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space"),
+    errno.EROFS: "; choose a directory that can be written",
+}
 # What is shorter stays in the cache until it is synced: it may share its page with what is next.
 UNCACHED_BYTES = 256 << 10
 
