@@ -14,6 +14,9 @@ from reshard.layout import Layout
 # in turn gets of a parameter.
 _Turns = tuple[list[int], npt.NDArray[np.intp], npt.NDArray[np.int64]]
 
+# What of a number in a table is a rank's place in its group.
+_PLACE_BITS = 16
+_PLACE = (1 << _PLACE_BITS) - 1
 # How finely ties are told apart: most small numbers of ranks that may tie divide it.
 TIES = 48
 
@@ -83,7 +86,11 @@ def teams_of(
 
 
 class _Tables:
-    """The bytes that each rank of each group has had: a table for the groups of each size."""
+    """The bytes that each rank of each group has had: a table for the groups of each size.
+
+    A row has a number for each rank of a group, in any order: the bytes above, below its place in
+    the group, which decides between equals. So sorting any way gives all ranks the same.
+    """
 
     def __init__(self, teams: Iterable[Team]) -> None:
         rows: dict[int, dict[int, int]] = {}
@@ -104,15 +111,19 @@ class _Tables:
                 places = np.array([table[team.numbers[group]] for group in groups])
                 nbytes = np.array([shares[team.form, group, size] for group in groups])
                 self._parts.setdefault(team, []).append((size, (groups, places, nbytes)))
-        self._had = {size: np.zeros((len(found), size), np.int64) for size, found in rows.items()}
+        self._had = {
+            size: np.tile(np.arange(size, dtype=np.int64), (len(found), 1))
+            for size, found in rows.items()
+        }
 
     def next(self, team: Team) -> list[tuple[list[int], npt.NDArray[np.uint16]]]:
         """The turns of a team's groups for its next parameter, the emptiest ranks first."""
         found = []
         for size, (groups, places, nbytes) in self._parts.get(team, ()):
-            turns = np.argsort(self._had[size][places], axis=1, kind="stable")
-            self._had[size][places[:, None], turns] += nbytes
-            found.append((groups, turns.astype(np.uint16)))
+            had = self._had[size][places]
+            had.sort(axis=1)
+            found.append((groups, (had & _PLACE).astype(np.uint16)))
+            self._had[size][places] = had + (nbytes << _PLACE_BITS)
         return found
 
 
