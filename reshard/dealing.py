@@ -145,8 +145,9 @@ def _near(
             files = enumerate(map(slot.file_of, range(slot.placement.cut.parts)))
             undecided[_home(slot)] = [(shard, file) for shard, file in files if len(may[file]) > 1]
         for shard, file in undecided[_home(slot)]:
+            size = _bytes_of(slot, shard)
             for machine in may[file]:
-                near[file, machine] += _bytes_of(slot, shard) * shares[key][machine]
+                near[file, machine] += size * shares[key][machine]
     return near
 
 

@@ -73,7 +73,7 @@ def measured(job: Sequence[str], world: int, times: int) -> dict[str, float]:
 def main(argv: Sequence[str]) -> int:
     """Print a table of all plans, or the figures of one."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.planning")
-    times = "how often each is planned (1; about 4 minutes for each time)"
+    times = "how often each is planned (1; about 2 minutes for each time)"
     parser.add_argument("--times", type=int, default=1, metavar="N", help=times)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
