@@ -760,14 +760,14 @@ def test_planning_405b_takes_little_memory(target, mesh, exchange):
 
 
 @pytest.mark.parametrize(
-    ("model", "source", "target", "world"),
+    ("model", "source", "target", "world", "beyond"),
     [
-        ("llama3.1-405b", ("meta", {"tp": 16}), ("nanotron", {"tp": 8, "pp": 16}), 4096),
-        ("llama3.3-70b", ("meta", {"tp": 8}), ("fsdp", {"dp": 4096}), 8),
+        ("llama3.1-405b", ("meta", {"tp": 16}), ("nanotron", {"tp": 8, "pp": 16}), 4096, 0),
+        ("llama3.3-70b", ("meta", {"tp": 8}), ("fsdp", {"dp": 4096}), 8, (64 << 20) // 10),
     ],
 )
-def test_a_plan_keeps_to_what_is_reserved_for_it(model, source, target, world):
-    """A tenth of the least usual engine.memory may come on top."""
+def test_a_plan_keeps_to_what_is_reserved_for_it(model, source, target, world, beyond):
+    """Where thousands of shards cut a block, a tenth of engine.memory=64MiB may come on top."""
     described = read_model(model)
     tracemalloc.start()
     try:
@@ -778,7 +778,7 @@ def test_a_plan_keeps_to_what_is_reserved_for_it(model, source, target, world):
     finally:
         tracemalloc.stop()
     assert len(held) == READING
-    assert peak < reserved_bytes(plan) + (64 << 20) // 10
+    assert peak < reserved_bytes(plan) + beyond
     assert reserved_bytes(plan) < 32 << 20
 
 
